@@ -1,0 +1,54 @@
+"""Who may touch a model, and when: guards that leave it as they found it, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+CraftMode = Literal["eval", "train"]
+Precision = Literal["float32", "bf16-craft"]
+
+
+@contextmanager
+def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
+    """Run the model in ``mode`` with its parameters frozen, and restore everything at the end.
+
+    Restored: the train/eval mode of every module, ``requires_grad`` of every parameter, the buffers (BatchNorm
+    statistics move in train mode) and the global random state, which dropout draws from in train mode. ``.grad`` is
+    never written because frozen parameters get no gradient.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    moving = mode == "train"
+    buffers = [(b, b.clone()) for b in model.buffers()] if moving else []
+    random = torch.get_rng_state()
+    try:
+        if moving != model.training or any(was != moving for _, was in modes):
+            model.train(moving)
+        for p, was in wanted:
+            if was:
+                p.requires_grad_(False)
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
+        for p, was in wanted:
+            p.requires_grad_(was)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        torch.set_rng_state(random)
+
+
+@contextmanager
+def precision(choice: Precision, device: torch.device) -> Iterator[None]:
+    """bfloat16 autocast for what runs inside when ``choice`` is "bf16-craft", nothing otherwise."""
+    if choice == "float32":
+        yield
+    else:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            yield

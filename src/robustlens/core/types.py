@@ -1,0 +1,199 @@
+"""The words of the house as types: what travels between data, attacks, objectives, updates and lenses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from robustlens.results.reading import Reading
+
+Transform = Callable[[Tensor, Generator], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images ``x`` (B, C, H, W) float in [0, 1], labels ``y`` (B,) int64, positions ``index`` (B,) in the split."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, eq=False)
+class Crafted:
+    """What one training step learns from: the clean batch and the inputs ``x_adv`` crafted from it."""
+
+    batch: Batch
+    x_adv: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """A differentiable ``loss`` (scalar), the ``logits`` (B, K) it came from, and its named parts for the log."""
+
+    loss: Tensor
+    logits: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A whole data split in memory, on one device.
+
+    ``images`` is uint8 (N, C, H, W), or float32 in [0, 1] where the source was; ``labels`` is int64 (N,).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The examples at ``index`` (B,), as float images in [0, 1]."""
+        index = index.to(self.labels.device)
+        x = self.images[index]
+        x = x.float().div_(255) if x.dtype == torch.uint8 else x
+        return Batch(x, self.labels[index], index)
+
+    def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:
+        """Consecutive batches of at most ``size``, in file order or in ``order`` (a permutation)."""
+        order = torch.arange(len(self)) if order is None else order
+        for part in order.split(size):
+            yield self.batch(part)
+
+    def first(self, n: int | None) -> Split:
+        """The first ``n`` examples (all of them for None)."""
+        return self if n is None or n >= len(self) else Split(self.images[:n], self.labels[:n])
+
+    def to(self, device: torch.device | str) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 over pixels and labels."""
+        sha = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
+        sha.update(self.labels.cpu().numpy().tobytes())
+        return sha.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """A data set: its training, validation and test split, and the names of its classes."""
+
+    name: str
+    train: Split
+    valid: Split
+    test: Split
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        c, h, w = self.test.images.shape[1:]
+        return c, h, w
+
+    def to(self, device: torch.device | str) -> Splits:
+        return Splits(self.name, self.train.to(device), self.valid.to(device), self.test.to(device), self.classes)
+
+
+@runtime_checkable
+class Threat(Protocol):
+    """What the adversary may do to an image ``x`` in the box: stay within ``eps`` of it in one norm, and in the box."""
+
+    @property
+    def eps(self) -> float: ...
+
+    def start(self, x: Tensor, gen: Generator) -> Tensor:
+        """A random allowed point for each example."""
+        ...
+
+    def ascend(self, grad: Tensor) -> Tensor:
+        """The steepest-ascent direction of unit size for a gradient (B, C, H, W)."""
+        ...
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The nearest allowed point to ``x_adv``."""
+        ...
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Distance (B,) in the threat's norm."""
+        ...
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A search inside ``threat``. Called only through ``attacks.verify``, which checks whatever it returns."""
+
+    name: ClassVar[str]
+
+    @property
+    def threat(self) -> Threat: ...
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What one step minimises: ``craft`` makes the inputs, ``loss`` can be evaluated on them at any weights."""
+
+    name: ClassVar[str]
+
+    def craft(self, model: nn.Module, batch: Batch, *, gen: Generator) -> Crafted: ...
+
+    def loss(self, model: nn.Module, crafted: Crafted) -> Terms: ...
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """A weighted term that any objective can carry; ``penalty`` includes its weight."""
+
+    name: ClassVar[str]
+
+    def penalty(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> Tensor: ...
+
+
+@runtime_checkable
+class Update(Protocol):
+    """How a step is taken: leaves the gradient of the step in ``.grad`` and returns the terms at the old weights."""
+
+    name: ClassVar[str]
+
+    def backward(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        regularizers: tuple[Regularizer, ...],
+        batch: Batch,
+        *,
+        gen: Generator,
+    ) -> Terms: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What a lens looks at: a model (in eval mode), the data it is measured on, and the threat that is assumed."""
+
+    model: nn.Module
+    splits: Splits
+    threat: Threat
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@runtime_checkable
+class Lens(Protocol):
+    """One measurement on a subject."""
+
+    name: ClassVar[str]
+
+    def look(self, subject: Subject, *, gen: Generator) -> Reading: ...
+
+
+Settings = dict[str, Any]

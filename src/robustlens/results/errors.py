@@ -1,0 +1,41 @@
+"""Errors that a user can act on: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RobustlensError(Exception):
+    """Base of every error that robustlens raises on purpose; ``exit_code`` is the command line's."""
+
+    exit_code = 1
+
+
+class InputError(RobustlensError, ValueError):
+    """Something a user gave cannot be used.
+
+    The message is one line: what it is about, what was expected, what came, and what to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, expected: str, got: str, fix: str) -> None:
+        super().__init__(f"{what}: expected {expected}, got {got}. {fix}")
+        self.what, self.expected, self.got, self.fix = what, expected, got, fix
+
+
+class TrainingStopped(RobustlensError):
+    """Training cannot go on (a loss that is not a number); the last good checkpoint is kept."""
+
+
+class RunInUse(InputError):
+    """Another process holds the run directory."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that nobody knows, with the nearest one that exists."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    fix = f"Did you mean {near[0]!r}?" if near else "See `robustlens list`."
+    return InputError(kind, expected=f"one of {', '.join(names)}", got=repr(name), fix=fix)

@@ -1,0 +1,75 @@
+"""What a lens returns: plain, frozen data that says how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from robustlens.results.panels import Panel
+
+Status = Literal["ok", "unreliable", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a reading can be believed; ``why`` is a sentence that a non-expert understands."""
+
+    status: Status = "ok"
+    why: str = ""
+
+    @classmethod
+    def unreliable(cls, why: str) -> Self:
+        return cls("unreliable", why)
+
+    @classmethod
+    def failed(cls, why: str) -> Self:
+        return cls("failed", why)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number with its evidence.
+
+    ``low``/``high`` bound a 95 % interval, ``n`` is the number of examples (or samples) behind it, ``residual``
+    is the relative residual of an eigenvalue or singular value, and ``nature`` says what the number is.
+    """
+
+    name: str
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    residual: float | None = None
+    nature: Literal["exact", "estimate", "lower bound", "upper bound"] = "estimate"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The result of one lens on one subject.
+
+    Attributes:
+        lens: name of the lens.
+        settings: the lens's own fields, as plain JSON values (with the seed and the threat where it used one).
+        outcome: ok, unreliable or failed, with a sentence.
+        says: one plain-language line that tells what was found.
+        quantities: the numbers, in the order to show them.
+        headline: names of the quantities that belong in a summary table.
+        panels: what to draw.
+    """
+
+    lens: str
+    says: str
+    outcome: Outcome = field(default_factory=Outcome)
+    quantities: tuple[Quantity, ...] = ()
+    headline: tuple[str, ...] = ()
+    panels: tuple[Panel, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Quantity:
+        """The quantity called ``name``; KeyError lists the names there are."""
+        for quantity in self.quantities:
+            if quantity.name == name:
+                return quantity
+        raise KeyError(f"{name!r}; this reading has {', '.join(q.name for q in self.quantities)}")

@@ -1,0 +1,193 @@
+"""The run directory: one trained network and its readings, every file written whole or not at all.
+
+Layout of a run directory::
+
+    run.json                     what was run (resolved configuration, hash) and where (provenance)
+    metrics.jsonl                one line per epoch
+    last.safetensors best.safetensors state.safetensors
+    readings/<lens>-<hash>/      reading.json and one parquet file per panel
+    lock                         held while a process works here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robustlens.results.errors import InputError, RunInUse
+from robustlens.results.panels import PANELS
+from robustlens.results.reading import Outcome, Quantity, Reading
+
+
+def digest(settings: Mapping[str, Any], *, length: int = 12) -> str:
+    """Hash of plain settings: the address of whatever they define (key order does not matter)."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader, or a crash, sees the old file or the new one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from error
+        raise
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"output {path}",
+        expected="a directory that can be written to, with free space",
+        got=error.strerror or str(error),
+        fix="Choose another directory with --out, or free space; what was finished is kept.",
+    )
+
+
+class RunDirectory:
+    """A run's files. Creating the object touches nothing; writing makes the directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; raises RunInUse, naming the holder, if another has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunInUse(
+                    f"run directory {self.path}",
+                    expected="a directory that no other process works in",
+                    got=f"one held by {holder}",
+                    fix="Wait for it to end, or choose another directory with --out.",
+                ) from error
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+        write_atomically(self.path / name, text.encode())
+
+    def read_json(self, name: str) -> Any:
+        """The JSON file ``name``; raises InputError if it is missing or damaged."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"run directory {self.path}",
+                expected=f"a readable {name}",
+                got=str(error),
+                fix="Give the directory of a run that robustlens made, or run it again.",
+            ) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The per-epoch records, oldest first."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def reading_path(self, lens: str, settings: Mapping[str, Any]) -> Path:
+        return self.path / "readings" / f"{lens}-{digest(settings)}"
+
+    def write_reading(self, path: Path, reading: Reading) -> None:
+        """Store ``reading`` as the directory ``path``, which appears complete or not at all."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        try:
+            record = {
+                "lens": reading.lens,
+                "says": reading.says,
+                "outcome": asdict(reading.outcome),
+                "quantities": [asdict(q) for q in reading.quantities],
+                "headline": list(reading.headline),
+                "settings": dict(reading.settings),
+                "panels": [{"kind": p.kind, "title": p.title, **p.facts()} for p in reading.panels],
+            }
+            (scratch / "reading.json").write_text(json.dumps(record, indent=2, ensure_ascii=False))
+            for i, panel in enumerate(reading.panels):
+                columns = panel.columns()
+                if columns:
+                    pq.write_table(pa.table(dict(columns)), scratch / f"panel-{i}.parquet", compression="zstd")
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(scratch, path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def readings(self) -> list[Reading]:
+        """All finished readings, in the order of their names."""
+        found = sorted((self.path / "readings").glob("[!.]*/reading.json"))
+        return [read_reading(file.parent) for file in found]
+
+
+def read_reading(path: Path) -> Reading:
+    """The reading stored in the directory ``path``; raises InputError if it is damaged."""
+    try:
+        record = json.loads((path / "reading.json").read_text())
+        panels = []
+        for i, facts in enumerate(record["panels"]):
+            file = path / f"panel-{i}.parquet"
+            columns = pq.read_table(file).to_pydict() if file.is_file() else {}
+            panels.append(PANELS[facts["kind"]].restore(facts["title"], facts, columns))
+        return Reading(
+            lens=record["lens"],
+            says=record["says"],
+            outcome=Outcome(**record["outcome"]),
+            quantities=tuple(Quantity(**q) for q in record["quantities"]),
+            headline=tuple(record["headline"]),
+            panels=tuple(panels),
+            settings=record["settings"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise InputError(
+            f"reading {path}",
+            expected="a reading.json and its parquet files",
+            got=str(error),
+            fix="Delete that directory; the study makes it again.",
+        ) from error
