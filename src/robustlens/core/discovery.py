@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from robustlens.core.types import Attack, Lens, Objective, Regularizer, Threat, Update
+from robustlens.core.types import Architecture, Attack, Augmentation, Lens, Objective, Regularizer, Threat, Update
 from robustlens.results.errors import InputError, unknown_name
 
 #: Package of each kind of plug-in, and the protocol its members follow.
@@ -29,6 +29,8 @@ KINDS: dict[str, tuple[str, type]] = {
     "regularizer": ("regularizers", Regularizer),
     "update": ("updates", Update),
     "lens": ("lenses", Lens),
+    "model": ("models", Architecture),
+    "augmentation": ("data", Augmentation),
 }
 
 
@@ -41,13 +43,13 @@ def modules(package: str) -> Iterator[types.ModuleType]:
 
 @cache
 def discover(kind: str) -> Mapping[str, type]:
-    """Name → class of every plug-in of ``kind`` ("attack", "objective", "regularizer", "update" or "lens")."""
+    """Name → class of every plug-in of ``kind`` (a key of KINDS)."""
     package, _ = KINDS[kind]
     found: dict[str, type] = {}
     for module in modules(package):
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if cls.__module__ == module.__name__ and "name" in vars(cls) and dataclasses.is_dataclass(cls):
-                found[cls.name] = cls
+                found[vars(cls)["name"]] = cls
     return dict(sorted(found.items()))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.results.reading import Reading
-
-Transform = Callable[[Tensor, Generator], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,7 @@ class Split:
     def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:
         """Consecutive batches of at most ``size``, in file order or in ``order`` (a permutation)."""
         order = torch.arange(len(self)) if order is None else order
-        for part in order.split(size):
+        for part in torch.split(order, size):
             yield self.batch(part)
 
     def first(self, n: int | None) -> Split:
@@ -177,6 +175,28 @@ class Update(Protocol):
     ) -> Terms: ...
 
 
+@runtime_checkable
+class Architecture(Protocol):
+    """A family of networks: ``build`` makes one with fresh weights, drawn from the global random state.
+
+    ``shape`` is (channels, height, width) of an image in [0, 1]; the module maps (B, C, H, W) to logits (B, classes).
+    Raises InputError for a shape or a number of classes that it cannot take.
+    """
+
+    name: ClassVar[str]
+
+    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module: ...
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """A random change of training images (B, C, H, W) float, on their device, drawn from ``gen``."""
+
+    name: ClassVar[str]
+
+    def augment(self, x: Tensor, *, gen: Generator) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """What a lens looks at: a model (in eval mode), the data it is measured on, and the threat that is assumed."""
@@ -194,6 +214,3 @@ class Lens(Protocol):
     name: ClassVar[str]
 
     def look(self, subject: Subject, *, gen: Generator) -> Reading: ...
-
-
-Settings = dict[str, Any]
