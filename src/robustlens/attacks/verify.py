@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.core.criterion import logit_margin
-from robustlens.core.modes import CraftMode, untouched
+from robustlens.core.modes import CraftMode, Precision, precision, untouched
 from robustlens.core.types import Attack, Batch
 from robustlens.results.errors import RobustlensError
 
@@ -42,12 +42,23 @@ class Attacked:
 
 
 def craft(
-    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator, mode: CraftMode = "eval"
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    gen: Generator,
+    mode: CraftMode = "eval",
+    precise: Precision = "float32",
 ) -> Tensor:
-    """Adversarial inputs (B, C, H, W) for training: projected again, checked, detached; the model is untouched."""
+    """Adversarial inputs (B, C, H, W) for training: projected again, checked, detached; the model is untouched.
+
+    ``mode`` is the model's mode while crafting (BatchNorm statistics are restored after "train"), ``precise`` the
+    arithmetic of the attack's forward and backward passes. The forward pass that learns from the result scores it.
+    """
     if attack.threat.eps == 0 or len(x) == 0:
         return x
-    with untouched(model, mode=mode):
+    with untouched(model, mode=mode), precision(precise, x.device):
         x_adv = attack.perturb(model, x, y, gen=gen)
     return _checked(attack, x_adv, x)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -109,16 +109,28 @@ class Threat(Protocol):
     @property
     def eps(self) -> float: ...
 
+    def with_eps(self, eps: float) -> Self:
+        """The same kind of threat at another radius."""
+        ...
+
     def start(self, x: Tensor, gen: Generator) -> Tensor:
         """A random allowed point for each example."""
         ...
 
-    def ascend(self, grad: Tensor) -> Tensor:
+    def noise(self, x: Tensor, gen: Generator) -> Tensor:
+        """A uniform draw from the ball around zero, shaped like ``x``; the box is not applied."""
+        ...
+
+    def ascend(self, grad: Tensor, *, floor: float = ...) -> Tensor:
         """The steepest-ascent direction of unit size for a gradient (B, C, H, W)."""
         ...
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest allowed point to ``x_adv``."""
+        ...
+
+    def support(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The allowed point with the largest inner product with ``grad``."""
         ...
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:

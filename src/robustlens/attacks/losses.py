@@ -1,0 +1,49 @@
+"""Losses that an attack climbs, one value (B,) per example: summed, never averaged, so that B does not matter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from robustlens.core.criterion import logit_margin
+from robustlens.results.errors import InputError
+
+LossName = Literal["ce", "margin", "dlr", "kl", "squared"]
+
+#: Losses that compare with the logits of the clean image. They have zero gradient there: start at random.
+RELATIVE: frozenset[LossName] = frozenset({"kl", "squared"})
+
+
+def attack_loss(name: LossName, logits: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
+    """The loss ``name`` (B,) of ``logits`` (B, K); ``clean`` (B, K) are the logits at x, for the relative ones.
+
+    ce       −log softmax(z)_y
+    margin   max_{j≠y} z_j − z_y (Carlini & Wagner 2017), whose gradient cannot saturate
+    dlr      −(z_y − max_{j≠y} z_j) / (z_(1) − z_(3)), invariant to shift and scale (Croce & Hein 2020, eq. 6)
+    kl       KL(softmax(z_clean) ‖ softmax(z)) (Zhang et al. 2019)
+    squared  ½ ‖z − z_clean‖₂² (Roth et al. 2020, Theorem 1)
+
+    Raises:
+        InputError: dlr with fewer than 3 classes.
+    """
+    logits = logits.float() if logits.element_size() < 4 else logits
+    if name == "ce":
+        return F.cross_entropy(logits, y, reduction="none")
+    if name == "margin":
+        return -logit_margin(logits, y)
+    if name == "dlr":
+        if logits.shape[1] < 3:
+            raise InputError(
+                "attack loss dlr",
+                expected="at least 3 classes",
+                got=str(logits.shape[1]),
+                fix='Use loss = "margin", which is the same up to scale.',
+            )
+        ranked = logits.topk(3, dim=1).values
+        return -logit_margin(logits, y) / (ranked[:, 0] - ranked[:, 2] + 1e-12)
+    assert clean is not None
+    if name == "kl":
+        return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), log_target=True, reduction="none").sum(1)
+    return 0.5 * (logits - clean).square().sum(1)

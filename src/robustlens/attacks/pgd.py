@@ -1,0 +1,148 @@
+"""Projected gradient descent on an image, in any ℓp ball."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Generator, Tensor, nn
+
+from robustlens.attacks.losses import RELATIVE, LossName, attack_loss
+from robustlens.core.criterion import logit_margin
+from robustlens.core.types import Threat
+from robustlens.results.errors import InputError
+from robustlens.threats.lp import Lp
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """max_z loss(f(z), y) over the threat by x_{k+1} = Π(x_k + α d_k), d_k the threat's direction of steepest ascent.
+
+    A k-step attack costs k forward passes and k backward passes to the input; a restart or ``early_stop`` adds
+    one forward pass each time the outcome is scored.
+
+    Attributes:
+        threat: norm, radius and box.
+        steps: number of gradient steps k.
+        step_size: α in pixel units; None is 2.5 · eps / steps, enough to cross the ball and settle.
+        random_start: begin at a uniform point of the ball instead of at x.
+        restarts: independent runs, of which the worst for the model is kept *per example*.
+        loss: "ce", "margin", "dlr", "kl" (to the clean prediction) or "squared" (½ ‖f(z) − f(x)‖²).
+        early_stop: leave an example alone once it is misclassified, and drop it from the batch. For evaluation;
+            the last iterate is then not the one of highest loss.
+        grad_floor: a gradient of ℓ2 size below it makes a shorter step (ℓ2, ℓ1). 1e-6 reproduces attacks that stall
+            on saturated networks; leave it at 1e-12 to measure robustness.
+
+    Raises:
+        InputError: no steps, no restarts, a step size ≤ 0, or a relative loss started at x, where its gradient is 0.
+    """
+
+    name: ClassVar[str] = "pgd"
+    reference: ClassVar[str] = "Madry et al. 2018, arXiv 1706.06083, §2.1"
+
+    threat: Threat
+    steps: int = 10
+    step_size: float | None = None
+    random_start: bool = True
+    restarts: int = 1
+    loss: LossName = "ce"
+    early_stop: bool = False
+    grad_floor: float = 1e-12
+
+    def __post_init__(self) -> None:
+        for field, least in (("steps", 1), ("restarts", 1)):
+            if getattr(self, field) < least:
+                raise InputError(
+                    f"pgd {field}", expected=f"at least {least}", got=str(getattr(self, field)), fix="Raise it."
+                )
+        if self.step_size is not None and self.step_size <= 0:
+            raise InputError(
+                "pgd step_size",
+                expected="a number > 0",
+                got=str(self.step_size),
+                fix="Leave it out for 2.5 · eps / steps.",
+            )
+        if self.loss in RELATIVE and not self.random_start:
+            raise InputError(
+                f"pgd with loss {self.loss!r}",
+                expected="a random start",
+                got="random_start = false",
+                fix="At the clean image the gradient of this loss is exactly zero; set random_start = true.",
+            )
+        if self.restarts > 1 and not self.random_start:
+            raise InputError(
+                "pgd restarts",
+                expected="random starts, without which every restart is the same",
+                got="random_start = false",
+                fix="Set random_start = true, or restarts = 1.",
+            )
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [
+            cls(threat=Lp("linf", 8 / 255)),
+            cls(threat=Lp("l2", 1.0), steps=20, loss="margin", restarts=2),
+            cls(threat=Lp("l2", 1.0), loss="dlr", early_stop=True, restarts=2),
+            cls(threat=Lp("linf", 0.1), loss="kl"),
+            cls(threat=Lp("l1", 5.0), steps=20, loss="squared"),
+            cls(threat=Lp("linf", 0.1), steps=5, random_start=False),
+        ]
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
+        clean = None
+        if self.loss in RELATIVE:
+            with torch.no_grad():
+                clean = model(x)
+        worst = self._climb(model, x, y, clean, gen)
+        if self.restarts == 1:
+            return worst
+        broken, height = self._score(model, worst, y, clean)
+        for _ in range(self.restarts - 1):
+            todo = (~broken).nonzero()[:, 0] if self.early_stop else torch.arange(len(x), device=x.device)
+            if len(todo) == 0:
+                break
+            some_clean = None if clean is None else clean[todo]
+            found = self._climb(model, x[todo], y[todo], some_clean, gen)
+            new_broken, new_height = self._score(model, found, y[todo], some_clean)
+            worse = (new_broken & ~broken[todo]) | ((new_broken == broken[todo]) & (new_height > height[todo]))
+            won = todo[worse]
+            worst[won], broken[won], height[won] = found[worse], new_broken[worse], new_height[worse]
+        return worst
+
+    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, gen: Generator) -> Tensor:
+        threat = self.threat
+        alpha = 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
+        point = threat.start(x, gen) if self.random_start else x
+        result, alive = point.clone() if self.early_stop else point, torch.arange(len(x), device=x.device)
+        for _ in range(self.steps):
+            point = point.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = model(point)
+                loss = attack_loss(self.loss, logits, y, clean).sum()
+            (grad,) = torch.autograd.grad(loss, point)
+            if self.early_stop:
+                standing = logit_margin(logits.detach(), y) > 0
+                if not bool(standing.all()):
+                    result[alive[~standing]] = point.detach()[~standing]
+                    alive, point, grad, x, y = (
+                        alive[standing],
+                        point[standing],
+                        grad[standing],
+                        x[standing],
+                        y[standing],
+                    )
+                    clean = None if clean is None else clean[standing]
+                    if len(alive) == 0:
+                        return result
+            with torch.no_grad():
+                point = threat.project(point + alpha * threat.ascend(grad, floor=self.grad_floor), x)
+        if self.early_stop:
+            result[alive] = point
+            return result
+        return point
+
+    def _score(self, model: nn.Module, point: Tensor, y: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits = model(point)
+            return logit_margin(logits, y) <= 0, attack_loss(self.loss, logits, y, clean)

@@ -1,0 +1,43 @@
+"""The orthogonality penalty, which keeps every layer near an isometry (Lipschitz regularization)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Generator, Tensor, nn
+
+from robustlens.core.types import Crafted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonality:
+    """β Σ_l ‖W_l W_lᵀ − I‖_F², or ‖W_lᵀ W_l − I‖_F² where W_l (c_out, c_in·k·k) has more rows than columns.
+
+    The two differ by the constant rows − columns and have the same gradient; the smaller Gram matrix can reach 0.
+    A flattened convolution of norm 1 can still stretch images by √(k·k).
+    """
+
+    name: ClassVar[str] = "orthogonality"
+    reference: ClassVar[str] = "Wu & Yu 2019, arXiv 1907.11780, eq. 13 (LCR)"
+
+    beta: float = 1e-3
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls()]
+
+    @classmethod
+    def neutral(cls) -> Self:
+        """The setting that equals standard training bit for bit."""
+        return cls(beta=0.0)
+
+    def penalty(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> Tensor:
+        total = crafted.x_adv.new_zeros(())
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                w = module.weight.flatten(1)
+                gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
+                total = total + (gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)).square().sum()
+        return self.beta * total

@@ -1,0 +1,245 @@
+"""ℓp balls around an image, intersected with the pixel box."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Self
+
+import torch
+from torch import Generator, Tensor
+
+from robustlens.results.errors import InputError, unknown_name
+
+Norm = Literal["linf", "l2", "l1"]
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+
+#: The largest radius that can mean anything: the diameter of the box for a 3 × 1024 × 1024 image.
+LARGEST = {"linf": 1.0, "l2": 3**0.5 * 1024, "l1": 3.0 * 1024**2}
+
+
+@dataclass(frozen=True)
+class Lp:
+    """The set {z : ‖z − x‖_p ≤ eps, low ≤ z ≤ high} that an adversary may move an image x within.
+
+    All methods take x inside the box, of shape (B, C, H, W). ``project`` returns the *nearest* point of the
+    intersection, not the usual projection on the ball followed by clipping, which leaves part of the radius
+    unused wherever the box is active (most pixels of a digit).
+
+    Attributes:
+        norm: "linf", "l2" or "l1".
+        eps: radius in pixel units of [0, 1].
+        low, high: the box.
+
+    Raises:
+        InputError: a radius that is negative, not finite, or in 0–255 units.
+    """
+
+    norm: Norm
+    eps: float
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise unknown_name("norm", str(self.norm), NORMS)
+        what = f"{self.norm} radius"
+        if not 0 <= self.eps < float("inf"):
+            raise InputError(
+                what, expected="a finite number ≥ 0", got=str(self.eps), fix='Write for example "linf:8/255".'
+            )
+        if self.norm == "linf" and self.eps > self.high - self.low:
+            raise InputError(
+                what,
+                expected="pixel units in [0, 1]",
+                got=f"{self.eps:g}",
+                fix=f'If this is in 0–255 units, write "linf:{self.eps:g}/255".',
+            )
+        if self.eps > LARGEST[self.norm]:
+            raise InputError(
+                what,
+                expected=f"at most {LARGEST[self.norm]:.0f}, the size of the box",
+                got=f"{self.eps:g}",
+                fix="Give the radius in units of pixels in [0, 1], not 0–255.",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "linf:8/255", "l2:1.5" or "l1:12"."""
+        norm, colon, radius = text.replace(" ", "").lower().partition(":")
+        norm = {"inf": "linf", "ℓ∞": "linf", "ℓ2": "l2", "ℓ1": "l1"}.get(norm, norm)
+        if not colon:
+            raise InputError(
+                "threat", expected='a norm and a radius, such as "linf:8/255"', got=repr(text), fix="Add the radius."
+            )
+        if norm not in NORMS:
+            raise unknown_name("norm", norm, NORMS)
+        return cls(norm, parse_radius(radius))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.norm}:{self.eps!r}"
+
+    def with_eps(self, eps: float) -> Self:
+        """The same kind of threat at another radius."""
+        return dataclasses.replace(self, eps=eps)
+
+    def start(self, x: Tensor, gen: Generator) -> Tensor:
+        """A point drawn uniformly from the ball (B, C, H, W), moved to the nearest point of the box."""
+        return self.project(x + self.noise(x, gen), x)
+
+    def noise(self, x: Tensor, gen: Generator) -> Tensor:
+        """A uniform draw from the ball around zero (B, C, H, W).
+
+        ℓ∞: uniform per pixel. ℓ2: Gaussian direction × eps · U^(1/d). ℓ1: signed Dirichlet direction × eps · U^(1/d).
+        """
+        shape, kind = x.shape, {"device": x.device, "dtype": x.dtype}
+        if self.norm == "linf":
+            return torch.rand(shape, generator=gen, **kind).mul_(2).sub_(1).mul_(self.eps)
+        if self.norm == "l2":
+            direction = torch.randn(shape, generator=gen, **kind)
+        else:
+            sign = torch.randint(0, 2, shape, generator=gen, device=x.device).mul_(2).sub_(1)
+            direction = sign * torch.empty(shape, **kind).exponential_(generator=gen)
+        radius = torch.rand(len(x), generator=gen, **kind) ** (1 / x[0].numel())
+        return direction * _each(self.eps * radius / self.size(direction), x)
+
+    def ascend(self, grad: Tensor, *, floor: float = 1e-12) -> Tensor:
+        """Direction of steepest ascent (B, C, H, W): the sign for ℓ∞, else the gradient at unit ℓ2 size.
+
+        The gradient is divided by its largest component before its norm is taken: squares of components
+        below 1e-19 underflow in float32, and an attack that stops there reports robustness that does not exist.
+        A gradient with ‖g‖₂ < ``floor`` moves the image less than a unit step (‖g‖₂ / floor); exactly zero
+        gradients give a zero direction.
+        """
+        if self.norm == "linf":
+            return grad.sign()
+        largest = grad.flatten(1).abs().amax(1)
+        scaled = grad / _each(largest.clamp_min(torch.finfo(grad.dtype).tiny), grad)
+        size = scaled.flatten(1).norm(dim=1)
+        shrink = (size * largest / floor).clamp_max(1)
+        return scaled * _each(shrink / size.clamp_min(torch.finfo(grad.dtype).tiny), grad)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """argmin_z ‖z − x_adv‖₂ over the ball around x and the box (B, C, H, W); x itself where eps is 0."""
+        if self.norm == "linf":
+            lower = (x - self.eps).clamp_min_(self.low)
+            upper = (x + self.eps).clamp_max_(self.high)
+            return torch.minimum(torch.maximum(x_adv, lower), upper)
+        if self.eps == 0:
+            return x + 0 * x_adv  # NaN in x_adv must stay visible
+        inside = x_adv.clamp(self.low, self.high)
+        over = self.distance(inside, x) > self.eps
+        if not bool(over.any()):
+            return inside
+        if not bool(over.all()):
+            result = inside.clone()
+            result[over] = self._onto_sphere(x_adv[over], x[over])
+            return result
+        return self._onto_sphere(x_adv, x)
+
+    def support(self, grad: Tensor, x: Tensor) -> Tensor:
+        """argmax_z ⟨grad, z⟩ over the ball around x and the box (B, C, H, W), exactly."""
+        room = self._room(grad, x)
+        if self.norm == "linf":
+            step = room.clamp_max(self.eps)
+        elif self.norm == "l2":
+            step = _scaled_to(grad.abs(), room, self.eps)
+        else:
+            order = grad.abs().flatten(1).argsort(dim=1, descending=True)
+            sorted_room = room.flatten(1).gather(1, order)
+            before = sorted_room.cumsum(1) - sorted_room
+            take = (self.eps - before).clamp_min(0).minimum(sorted_room)
+            step = torch.zeros_like(take).scatter_(1, order, take).view_as(x)
+        return self._keep(x + grad.sign() * step, x)
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """‖x_adv − x‖_p (B,)."""
+        return self.size(x_adv - x)
+
+    def size(self, delta: Tensor) -> Tensor:
+        """‖delta‖_p (B,)."""
+        flat = delta.flatten(1)
+        if self.norm == "linf":
+            return flat.abs().amax(1)
+        return flat.norm(dim=1) if self.norm == "l2" else flat.abs().sum(1)
+
+    def _onto_sphere(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        delta = x_adv - x
+        room = self._room(delta, x)
+        if self.norm == "l2":
+            # The optimality conditions give z = clamp(x + s (x_adv − x)) with one s per example.
+            step = _scaled_to(delta.abs(), room, self.eps)
+        else:
+            step = _soft_threshold_to(delta.abs(), room, self.eps)
+        return self._keep(x + delta.sign() * step, x)
+
+    def _room(self, direction: Tensor, x: Tensor) -> Tensor:
+        """How far each pixel can move along the sign of ``direction`` before it meets the box."""
+        return torch.where(direction > 0, self.high - x, x - self.low)
+
+    def _keep(self, z: Tensor, x: Tensor) -> Tensor:
+        """Take back the last rounding error: inside the box, and not farther than eps."""
+        z = z.clamp(self.low, self.high)
+        if self.norm == "linf":
+            return z
+        far = self.distance(z, x)
+        over = far > self.eps
+        if bool(over.any()):
+            z = torch.where(_each(over, x), x + (z - x) * _each(self.eps / far.clamp_min(1e-30), x), z)
+        return z
+
+
+def parse_radius(text: str) -> float:
+    """Read "8/255" or "0.03"."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            "radius", expected='a number or a fraction such as "8/255"', got=repr(text), fix="Correct it."
+        ) from error
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) → (B, 1, 1, 1), to multiply images with."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def _scaled_to(magnitude: Tensor, room: Tensor, eps: float) -> Tensor:
+    """min(s · magnitude, room) with the s > 0 for which its ℓ2 norm is eps (all the room if that is less).
+
+    φ(u) = Σ min(u · magnitude², room²), u = s², is concave, increasing and piecewise linear, so Newton's method
+    from below climbs to the root without passing it and ends after finitely many steps; a handful in practice.
+    """
+    square, limit = magnitude.flatten(1).square(), room.flatten(1).square()
+    largest = square.amax(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
+    square = square / largest
+    u = eps**2 / square.sum(1).clamp_min(1e-30)
+    for _ in range(100):
+        reach = u[:, None] * square
+        free = reach < limit
+        missing = eps**2 - torch.where(free, reach, limit).sum(1)
+        slope = (square * free).sum(1)
+        growth = torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), torch.zeros_like(u))
+        u = u + growth
+        if bool((growth <= 1e-6 * u).all()):
+            break
+    return (u[:, None] * square).minimum(limit).sqrt().view_as(magnitude)
+
+
+def _soft_threshold_to(magnitude: Tensor, room: Tensor, eps: float) -> Tensor:
+    """min(max(magnitude − t, 0), room) with the t ≥ 0 for which its sum is eps; its sum at t = 0 exceeds eps.
+
+    The sum is piecewise linear and decreasing in t, with a kink wherever a pixel starts to move (t = magnitude) or
+    meets the box (t = magnitude − room): sort the kinks, add up, and interpolate.
+    """
+    a, c = magnitude.flatten(1).double(), room.flatten(1).double()
+    kinks = torch.cat([a, a - c], 1)
+    change = torch.cat([torch.ones_like(a), -torch.ones_like(a)], 1)
+    kinks, order = kinks.sort(dim=1, descending=True)
+    slope = change.gather(1, order).cumsum(1)
+    total = torch.zeros_like(kinks)
+    total[:, 1:] = (slope[:, :-1] * (kinks[:, :-1] - kinks[:, 1:])).cumsum(1)
+    last = ((total <= eps).sum(1, keepdim=True) - 1).clamp_min(0)
+    t = kinks.gather(1, last) - (eps - total.gather(1, last)) / slope.gather(1, last).clamp_min(1e-30)
+    return (a - t).clamp_min(0).minimum(c).to(magnitude.dtype).view_as(magnitude)
