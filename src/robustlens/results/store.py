@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -191,3 +191,19 @@ def read_reading(path: Path) -> Reading:
             got=str(error),
             fix="Delete that directory; the study makes it again.",
         ) from error
+
+
+def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
+    """The finished runs at or below ``places``; raises InputError where there are none."""
+    found: list[RunDirectory] = []
+    for place in map(Path, places):
+        files = [place / "run.json"] if (place / "run.json").is_file() else sorted(place.glob("**/run.json"))
+        if not files:
+            raise InputError(
+                f"runs in {place}",
+                expected="a run directory, or a directory that holds some",
+                got="none" if place.is_dir() else "no such directory",
+                fix="Run `robustlens study FILE` or `robustlens demo` first.",
+            )
+        found += [RunDirectory(file.parent) for file in files]
+    return found

@@ -75,7 +75,7 @@ class Lp:
             )
         if norm not in NORMS:
             raise unknown_name("norm", norm, NORMS)
-        return cls(norm, parse_radius(radius))  # type: ignore[arg-type]
+        return cls(norm, parse_radius(radius))
 
     def __str__(self) -> str:
         return f"{self.norm}:{self.eps!r}"
@@ -93,15 +93,12 @@ class Lp:
 
         ℓ∞: uniform per pixel. ℓ2: Gaussian direction × eps · U^(1/d). ℓ1: signed Dirichlet direction × eps · U^(1/d).
         """
-        shape, kind = x.shape, {"device": x.device, "dtype": x.dtype}
         if self.norm == "linf":
-            return torch.rand(shape, generator=gen, **kind).mul_(2).sub_(1).mul_(self.eps)
-        if self.norm == "l2":
-            direction = torch.randn(shape, generator=gen, **kind)
-        else:
-            sign = torch.randint(0, 2, shape, generator=gen, device=x.device).mul_(2).sub_(1)
-            direction = sign * torch.empty(shape, **kind).exponential_(generator=gen)
-        radius = torch.rand(len(x), generator=gen, **kind) ** (1 / x[0].numel())
+            return torch.empty_like(x).uniform_(-self.eps, self.eps, generator=gen)
+        direction = torch.empty_like(x).normal_(generator=gen)
+        if self.norm == "l1":
+            direction = direction.sign() * torch.empty_like(x).exponential_(generator=gen)
+        radius = torch.empty_like(x[:, 0, 0, 0]).uniform_(generator=gen) ** (1 / x[0].numel())
         return direction * _each(self.eps * radius / self.size(direction), x)
 
     def ascend(self, grad: Tensor, *, floor: float = 1e-12) -> Tensor:

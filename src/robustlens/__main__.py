@@ -1,0 +1,5 @@
+"""``python -m robustlens``."""
+
+from robustlens.cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""The command line: it reads arguments, calls the library and shows what happens; torch is loaded when work starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from robustlens.results.errors import RobustlensError
+
+if TYPE_CHECKING:
+    from robustlens.results.store import RunDirectory
+    from robustlens.studies.config import StudyConfig
+
+app = typer.Typer(
+    help="Train robust classifiers, look inside them, and test what the papers say about them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+Out = Annotated[Path, typer.Option(help="Directory for runs and pages.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: training.epochs=3. Repeatable.")]
+Threat = Annotated[str, typer.Option(help='What the adversary may do: "l2:1.5", "linf:8/255", "l1:12".')]
+
+
+@app.command()
+def demo(out: Out = Path("runs"), device: Device = "auto", overrides: Set = None) -> None:
+    """Train five networks on real digits, look inside them, and write a page."""
+    from importlib.resources import as_file, files
+
+    from robustlens.studies.config import read_study
+
+    with as_file(files("robustlens.studies") / "demo.toml") as path:
+        _study(read_study(path, overrides or ()), out, device)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study as TOML.")],
+    out: Out = Path("runs"),
+    device: Device = "auto",
+    overrides: Set = None,
+) -> None:
+    """Carry out a study: train, look, and write a page. Run it again to go on after an interruption."""
+    from robustlens.studies.config import read_study
+
+    _study(read_study(file, overrides or ()), out, device)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str, typer.Option(help="mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA.")
+    ] = "mnist5k",
+    model: Annotated[str, typer.Option(help="See `robustlens list model`.")] = "lenet-small",
+    method: Annotated[str, typer.Option(help='"standard", "noise", or an attack to train against.')] = "pgd",
+    threat: Threat = "l2:1.5",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    out: Out = Path("runs"),
+    device: Device = "auto",
+    overrides: Set = None,
+) -> None:
+    """Train one network, look inside it, and write a page."""
+    from robustlens.studies.config import single_run
+
+    _study(
+        single_run(
+            data=data, model=model, method=method, threat=threat, epochs=epochs, seed=seed, overrides=overrides or ()
+        ),
+        out,
+        device,
+    )
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="pkg.module:callable that returns the network, or a name from `list`.")],
+    data: Annotated[str, typer.Option(help="mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA.")],
+    threat: Threat,
+    weights: Annotated[Path | None, typer.Option(help="safetensors, or a state dict without code in it.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Channel means to put inside the model: 0.49,0.48,0.45")] = None,
+    std: Annotated[str | None, typer.Option(help="Channel deviations to put inside the model.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="At most that many images of each split.")] = 1000,
+    out: Out = Path("runs/audit"),
+    device: Device = "auto",
+) -> None:
+    """Look inside a network of your own, on data of your own."""
+    from robustlens.data.config import DataConfig
+    from robustlens.data.sources import load
+    from robustlens.report.page import write_page
+    from robustlens.show import Show, table
+    from robustlens.studies.audit import audit as look
+    from robustlens.studies.audit import open_model
+
+    splits = load(DataConfig(source=data, train=examples, valid=examples, test=examples))
+    network = open_model(model, splits, weights=weights, mean=mean, std=std)
+    with Show(console) as show:
+        run = look(network, splits, threat=threat, label=model, out=out, device=device, examples=examples, watch=show)
+    table(console, [run])
+    _say_page(write_page([run], run.path / "report.html", title=f"Audit of {model}"))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold some.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its title.")] = "robustlens report",
+    figures: Annotated[Path | None, typer.Option(help="Also write every chart as a file into this directory.")] = None,
+    format: Annotated[str, typer.Option(help='Of the figures: "pdf", "svg" or "png".')] = "pdf",
+) -> None:
+    """Write the page, and the figures for a paper, from finished runs."""
+    from robustlens.report.figures import write_figures
+    from robustlens.report.page import write_page
+    from robustlens.results.store import find_runs
+
+    found = find_runs(runs)
+    _say_page(write_page(found, out, title=title))
+    if figures is not None:
+        files = write_figures(found, figures, format=format)
+        console.print(f"{len(files)} figures in {figures}")
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="attack, objective, lens, model, data, …; nothing for all.")
+    ] = None,
+) -> None:
+    """Show what there is: attacks, objectives, lenses, models, data, with their settings and sources."""
+    from robustlens.show import catalogue
+
+    catalogue(console, kind)
+
+
+def _study(config: StudyConfig, out: Path, device: str) -> None:
+    from robustlens.report.page import write_page
+    from robustlens.show import Show, table
+    from robustlens.studies.run import run_study
+
+    with Show(console) as show:
+        runs = run_study(config, out, device=device, watch=show)
+    table(console, runs)
+    _say_page(write_page(runs, _home(runs) / "report.html", title=config.name))
+
+
+def _home(runs: list[RunDirectory]) -> Path:
+    return runs[0].path.parent
+
+
+def _say_page(path: Path) -> None:
+    console.print(f"\nThe page: [bold]{path}[/bold]", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on become one line and an exit code."""
+    try:
+        app()
+    except RobustlensError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nStopped. Run the same command again to go on from here.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the command line shows: progress bars while work goes on, tables at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robustlens.results.errors import unknown_name
+from robustlens.results.store import RunDirectory
+
+
+class Show:
+    """Two bars: the pieces of the study, and the steps of the training at hand."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._pieces: TaskID | None = None
+        self._steps: TaskID | None = None
+        self._last: Mapping[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, piece: int, pieces: int, label: str, what: str) -> None:
+        """A piece of work starts: ``piece`` of ``pieces`` are done."""
+        if self._pieces is None:
+            self._pieces = self._progress.add_task("study", total=pieces, note="")
+        self._progress.update(self._pieces, completed=piece, total=pieces, note=f"{escape(label)}: {what}")
+        self._last = {}
+        if self._steps is not None:
+            self._progress.remove_task(self._steps)
+            self._steps = None
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        if self._steps is None:
+            self._steps = self._progress.add_task("  steps", total=total, note="")
+        robust = self._last.get("valid_robust_accuracy")
+        note = f"loss {loss:.3f}" + (
+            "" if robust is None else f", robust {robust:.1%} after epoch {self._last['epoch']}"
+        )
+        self._progress.update(self._steps, completed=done, note=note)
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        self._last = record
+
+    def done(self, label: str, what: str, *, already: bool) -> None:
+        """A piece of work ended."""
+        if self._pieces is not None:
+            self._progress.advance(self._pieces)
+        if already:
+            self._progress.console.print(f"[dim]{escape(label)}: {what} was there already[/dim]")
+
+
+def table(console: Console, runs: Sequence[RunDirectory]) -> None:
+    """The headline numbers of ``runs``, a row a method."""
+    from robustlens.report.summary import plain, summarise
+
+    summary = summarise(runs)
+    shown = Table(header_style="bold", show_lines=False)
+    shown.add_column("method")
+    for column in summary.columns:
+        shown.add_column(escape(column.title), justify="right")
+    for row in summary.rows:
+        shown.add_row(escape(row.method), *(escape(plain(cell)) for cell in row.cells))
+    console.print(shown)
+    for row in summary.rows:
+        for reason in dict.fromkeys(c.why for c in row.cells if c.status in ("unreliable", "failed")):
+            console.print(f"⚠ {escape(row.method)}: {escape(reason)}", soft_wrap=True)
+
+
+def catalogue(console: Console, kind: str | None) -> None:
+    """Every plug-in of ``kind`` (of every kind for None) with its settings, first sentence and source."""
+    from robustlens.core.discovery import KINDS, discover
+    from robustlens.data.sources import EMBEDDED, WELL_KNOWN
+
+    kinds = [*KINDS, "data"]
+    if kind is not None and kind not in kinds:
+        raise unknown_name("kind", kind, kinds)
+    for each in kinds if kind is None else [kind]:
+        shown = Table("name", "settings", "what it is", title=each, title_justify="left", title_style="bold")
+        if each == "data":
+            for name in EMBEDDED:
+                shown.add_row(name, "", "installed with the library")
+            for name, address in WELL_KNOWN.items():
+                shown.add_row(name, "", f"ROBUSTLENS_DATA/{name}, or {address} on the Hub")
+        else:
+            for name, cls in discover(each).items():
+                shown.add_row(name, escape(_settings(cls)), escape(_about(cls)))
+        console.print(shown)
+
+
+def _settings(cls: type) -> str:
+    shown = []
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        shown.append(field.name if required else f"{field.name}={_default(field)}")
+    return ", ".join(shown)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    return "…" if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def _about(cls: type) -> str:
+    first = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    source = getattr(cls, "reference", "")
+    return f"{first} [{source}]" if source else first

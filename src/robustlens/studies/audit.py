@@ -1,0 +1,120 @@
+"""Looking at a network that somebody trained elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlens.core import discovery
+from robustlens.core.types import Lens, Splits, Subject
+from robustlens.data.arrays import from_arrays
+from robustlens.models.adapter import check_model, load_weights
+from robustlens.results.errors import InputError
+from robustlens.results.store import RunDirectory, digest
+from robustlens.studies.config import LENSES, Plugin
+from robustlens.studies.plan import run_directory
+from robustlens.studies.run import SilentStudy, StudyWatch, examine, pick_device, provenance
+from robustlens.threats.lp import Lp
+
+Arrays = tuple[Any, Any]
+
+
+def audit(
+    model: nn.Module,
+    data: Splits | Arrays,
+    *,
+    threat: str | Lp,
+    lenses: Sequence[Plugin] = LENSES,
+    label: str = "model",
+    out: str | Path = "runs/audit",
+    seed: int = 0,
+    device: str = "auto",
+    watch: StudyWatch | None = None,
+) -> RunDirectory:
+    """Look at ``model`` through ``lenses`` and return the run directory with the readings.
+
+    Args:
+        model: maps images in [0, 1] (B, C, H, W) to logits (B, K); its normalization lives inside it.
+        data: splits from ``load``, or (images, labels) to test on, as numpy arrays or tensors.
+        threat: what robustness is measured against, such as "linf:8/255".
+        lenses: names or settings of lenses.
+        label: names the model in tables and charts.
+        out: where the run directory is made; it is addressed by weights, data, threat and seed.
+
+    Raises:
+        InputError: images outside [0, 1], a model of other shape than the data, an unknown lens, …
+    """
+    watch = watch or SilentStudy()
+    chosen: list[Lens] = [discovery.build("lens", lens) for lens in lenses]
+    threat = Lp.parse(threat) if isinstance(threat, str) else threat
+    place = pick_device(device)
+    splits = (data if isinstance(data, Splits) else from_arrays(test=data)).to(place)
+    model = check_model(model.to(place), splits.shape, len(splits.classes)).eval()
+    settings = {
+        "model": f"{type(model).__module__}:{type(model).__qualname__}",
+        "weights": fingerprint(model),
+        "data": [getattr(splits, part).fingerprint() for part in ("train", "test")],
+        "threat": str(threat),
+        "seed": seed,
+    }
+    address = digest(settings)
+    directory = run_directory(Path(out), label, seed, address)
+    with directory.lock():
+        record = {"label": label, "study": "audit", "hash": address, "seed": seed, "config": settings}
+        directory.write_json("run.json", {**record, "provenance": provenance(splits, place), "finished": True})
+        subject = Subject(model, splits, threat, place)
+        for piece, lens in enumerate(chosen):
+            watch.begin(piece, len(chosen), label, lens.name)
+            _, already = examine(lens, subject, directory, seed=seed, facts={})
+            watch.done(label, lens.name, already=already)
+    return directory
+
+
+def open_model(
+    name: str, splits: Splits, *, weights: Path | None = None, mean: str | None = None, std: str | None = None
+) -> nn.Module:
+    """The network that the command line names: ``pkg.module:callable``, or an architecture of the library.
+
+    Args:
+        weights: a safetensors file or a state dict; needed for an architecture of the library.
+        mean, std: channel statistics as "0.49,0.48,0.45", to be put inside the model.
+
+    Raises:
+        InputError: it cannot be imported or built, or the weights belong to another architecture.
+    """
+    settings: dict[str, Any] = {"name": name}
+    if ":" in name:
+        settings = {"name": "external", "source": name, "weights": None if weights is None else str(weights)}
+    elif weights is None:
+        raise InputError(f"model {name}", expected="its weights", got="none", fix="Add --weights FILE.safetensors.")
+    for key, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            settings[key] = _numbers(key, text)
+    model: nn.Module = discovery.build("model", settings).build(splits.shape, len(splits.classes))
+    if ":" not in name and weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _numbers(what: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            f"--{what}", expected="numbers with commas between", got=repr(text), fix="For example 0.49,0.48,0.45."
+        ) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the weights and buffers."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    return digest({name: _hash(tensor) for name, tensor in tensors.items()})
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,177 @@
+"""A study as typed settings: data × model × methods × seeds × lenses, read from TOML."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError
+
+from robustlens.data.config import DataConfig
+from robustlens.results.errors import InputError, unknown_name
+from robustlens.train.config import Settings, TrainingConfig
+
+Plugin = str | dict[str, Any]
+
+#: The lenses of a study that names none.
+LENSES: tuple[Plugin, ...] = ("accuracy", "generalisation-gap", "logit-margins", "layer-spectra")
+
+
+class MethodConfig(Settings):
+    """One way to train: a label for tables and charts, and the parts it is made of.
+
+    ``training`` overrides single fields of the study's training settings for this method.
+    """
+
+    label: str = Field(min_length=1, max_length=80)
+    objective: Plugin = "standard"
+    regularizers: tuple[Plugin, ...] = ()
+    update: Plugin = "descend"
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+class StudyConfig(Settings):
+    """Everything a study does.
+
+    Attributes:
+        name: names the study in pages and tables.
+        data, model, training: shared by all methods.
+        threat: what robustness is measured against ("l2:1.5", "linf:8/255"); methods name their own.
+        validation: the attack that picks the best epoch, on validation images; None is PGD with 10 steps on ``threat``.
+        methods: what is compared.
+        seeds: each method is trained once per seed.
+        lenses: what is measured on each trained network.
+        weights: which checkpoint is examined.
+    """
+
+    name: str = Field("study", min_length=1, max_length=80)
+    data: DataConfig
+    model: Plugin
+    threat: str
+    methods: tuple[MethodConfig, ...] = Field(min_length=1)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    validation: dict[str, Any] | None = None
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    lenses: tuple[Plugin, ...] = LENSES
+    weights: Literal["best", "last"] = "best"
+
+
+def read_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
+    """The study in the TOML file ``path``, with ``key.path=value`` overrides applied.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key (with the nearest one), or a value that does not fit.
+    """
+    path = Path(path)
+    try:
+        settings = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            "study file", expected="a TOML file", got=f"{path}: {error.strerror}", fix="Check the path."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"study file {path}", expected="valid TOML", got=str(error), fix="Correct that line."
+        ) from error
+    return make_study(settings, overrides)
+
+
+def make_study(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> StudyConfig:
+    """Validate plain settings as a study; errors name the field, what was expected, what came and what to do."""
+    plain = copy.deepcopy(dict(settings))
+    for override in overrides:
+        _override(plain, override)
+    return validated(StudyConfig, plain, "study")
+
+
+def write_study(study: StudyConfig) -> str:
+    """The study as TOML text, which ``read_study`` reads back equal."""
+    return tomli_w.dumps(study.model_dump(mode="json", exclude_none=True))
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def validated(cls: type[S], settings: Mapping[str, Any], what: str) -> S:
+    """``settings`` as a ``cls``; raises InputError for the first thing that does not fit."""
+    try:
+        return cls.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            place, _, field = where.rpartition(".")
+            raise unknown_name(f"field of {place or what}", field, _fields(cls, problem["loc"][:-1])) from error
+        got = "nothing" if problem["type"] == "missing" else repr(problem["input"])
+        raise InputError(
+            f"{what} {where}", expected=problem["msg"].lower(), got=got, fix=f"Set {where} to a fitting value."
+        ) from error
+
+
+def _fields(cls: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """Field names of the settings at ``path``; a choice (of optimizer, say) is followed by its name."""
+    here: list[type[BaseModel]] = [cls]
+    for part in path:
+        names = [m for m in here if m.model_fields.get("name") and m.model_fields["name"].default == part]
+        found = [m for c in here if part in c.model_fields for m in _models(c.model_fields[str(part)].annotation)]
+        here = names or found or here  # a position in a list changes nothing
+    return sorted({name for model in here for name in model.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]
+
+
+def _override(settings: dict[str, Any], text: str) -> None:
+    """Apply ``training.epochs=3``; list positions are numbers (``methods.0.label=…``)."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise InputError("--set", expected="key.path=value", got=repr(text), fix="For example training.epochs=3.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is text
+    *parents, last = path.strip().split(".")
+    place: Any = settings
+    for key in parents:
+        try:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        except (ValueError, IndexError) as error:
+            raise InputError("--set", expected="a position in the list", got=repr(key), fix="Count from 0.") from error
+        if not isinstance(place, (dict, list)):
+            raise InputError("--set", expected=f"{key} to have fields", got=repr(place), fix="Check the path.")
+    if isinstance(place, list):
+        place[int(last)] = parsed
+    else:
+        place[last] = parsed
+
+
+def single_run(
+    *, data: str, model: str, method: str, threat: str, epochs: int, seed: int, overrides: Iterable[str] = ()
+) -> StudyConfig:
+    """The study that trains one network: ``method`` is "standard", "noise", or an attack to train against."""
+    objective: Plugin
+    if method == "standard":
+        objective = method
+    elif method == "noise":
+        objective = {"name": method, "threat": threat}
+    else:
+        objective = {"name": "adversarial", "attack": {"name": method, "threat": threat}}
+    settings = {
+        "name": "train",
+        "data": {"source": data},
+        "model": model,
+        "threat": threat,
+        "methods": [{"label": method if method == "standard" else f"{method} {threat}", "objective": objective}],
+        "training": {"epochs": epochs},
+        "seeds": [seed],
+    }
+    return make_study(settings, overrides)

@@ -1,0 +1,176 @@
+"""Carrying out a study on this machine: train, examine, remember; a finished piece is never computed twice."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import robustlens
+from robustlens.core.discovery import describe
+from robustlens.core.rng import derive, generator
+from robustlens.core.types import Lens, Splits, Subject
+from robustlens.data.sources import load
+from robustlens.models.adapter import check_model, load_weights
+from robustlens.results.errors import InputError, RobustlensError
+from robustlens.results.reading import Outcome, Reading
+from robustlens.results.store import RunDirectory, read_reading
+from robustlens.studies.config import StudyConfig
+from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
+from robustlens.train.loop import Silent, Watch, train
+
+
+class StudyWatch(Watch, Protocol):
+    """Someone who watches a study: told of each piece as it begins and ends."""
+
+    def begin(self, piece: int, pieces: int, label: str, what: str) -> None: ...
+
+    def done(self, label: str, what: str, *, already: bool) -> None: ...
+
+
+class SilentStudy(Silent):
+    """Watches nothing."""
+
+    def begin(self, piece: int, pieces: int, label: str, what: str) -> None:
+        return None
+
+    def done(self, label: str, what: str, *, already: bool) -> None:
+        return None
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called ``name``; "auto" is the GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            "device", expected='"auto", "cpu" or a device that is here', got=repr(name), fix='Use "auto".'
+        ) from error
+    return device
+
+
+def run_study(
+    study: StudyConfig, out: str | Path = "runs", *, device: str = "auto", watch: StudyWatch | None = None
+) -> list[RunDirectory]:
+    """Train every method with every seed, look through every lens, and return the run directories.
+
+    Everything is checked before anything is written. Interrupt it at any moment: called again with the same study,
+    it goes on where it stopped.
+
+    Raises:
+        InputError: something in the study cannot be used, or another process works in a run directory.
+        TrainingStopped: a run diverged.
+    """
+    watch = watch or SilentStudy()
+    plan, place = make_plan(study), pick_device(device)
+    splits = load(study.data).to(place)
+    for run in plan.runs:
+        with torch.random.fork_rng():
+            check_model(run.model.build(splits.shape, len(splits.classes)).to(place), splits.shape, len(splits.classes))
+    directories = []
+    each = 1 + len(plan.lenses)
+    for number, run in enumerate(plan.runs):
+        directory = run_directory(Path(out) / slug(study.name), run.label, run.seed, run.hash)
+        with directory.lock():
+            watch.begin(number * each, len(plan.runs) * each, run.label, "training")
+            model = trained(run, splits, directory, plan, watch)
+            subject = Subject(model, splits, plan.threat, place)
+            for k, lens in enumerate(plan.lenses, start=1):
+                watch.begin(number * each + k, len(plan.runs) * each, run.label, lens.name)
+                _, already = examine(lens, subject, directory, seed=run.seed, facts={"weights": study.weights})
+                watch.done(run.label, lens.name, already=already)
+        directories.append(directory)
+    return directories
+
+
+def trained(run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan, watch: StudyWatch) -> nn.Module:
+    """The network of ``run`` in eval mode, trained now or read from its directory."""
+    device = splits.test.labels.device
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(run.seed, "weights"))
+        model = run.model.build(splits.shape, len(splits.classes)).to(device)
+    fingerprint = splits.train.fingerprint()
+    record = directory.read_json("run.json") if directory.exists else {}
+    if record and record["provenance"]["data"]["train"] != fingerprint:
+        raise InputError(
+            f"run directory {directory.path}",
+            expected="the data that the run was trained on",
+            got=f"{splits.name} with other images",
+            fix="Choose another directory with --out.",
+        )
+    finished = record.get("finished", False)
+    if not finished:
+        record = {
+            "study": plan.study.name,
+            "hash": run.hash,
+            "seed": run.seed,
+            "config": run.settings,
+            "provenance": provenance(splits, device),
+            "finished": False,
+        }
+        directory.write_json("run.json", {"label": run.label, **record})
+        epochs = train(
+            model,
+            splits,
+            run.recipe,
+            run.training,
+            seed=run.seed,
+            run=directory,
+            validation=run.validation,
+            watch=watch,
+        )
+        record["provenance"]["seconds"] = round(sum(e["seconds"] for e in epochs), 2)
+        record["finished"] = True
+    if not finished or record.get("label") != run.label:
+        directory.write_json("run.json", {**record, "label": run.label})
+        (directory.path / "state.safetensors").unlink(missing_ok=True)
+    watch.done(run.label, "training", already=finished)
+    load_weights(model, directory.path / f"{plan.study.weights}.safetensors")
+    return model.eval()
+
+
+def examine(
+    lens: Lens, subject: Subject, directory: RunDirectory, *, seed: int, facts: dict[str, Any]
+) -> tuple[Reading, bool]:
+    """The reading of ``lens`` on ``subject``, and whether it was there already.
+
+    A lens that cannot do its work gives a ``failed`` reading that says why; the others go on.
+    """
+    settings = {"lens": describe(lens), "threat": str(subject.threat), "seed": seed, **facts}
+    path = directory.reading_path(lens.name, settings)
+    if path.is_dir():
+        return read_reading(path), True
+    gen = generator(subject.device, seed, "lens", lens.name)
+    try:
+        reading = lens.look(subject, gen=gen)
+    except RobustlensError as error:
+        reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
+    directory.write_reading(path, reading)
+    return reading, False
+
+
+def provenance(splits: Splits, device: torch.device) -> dict[str, Any]:
+    """Where and from what a run was made."""
+    return {
+        "version": robustlens.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": {
+            "name": splits.name,
+            **{part: getattr(splits, part).fingerprint() for part in ("train", "valid", "test")},
+            "examples": [len(splits.train), len(splits.valid), len(splits.test)],
+        },
+    }

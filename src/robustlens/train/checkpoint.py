@@ -1,0 +1,95 @@
+"""Checkpoints without pickles: tensors and plain numbers in one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from robustlens.results.errors import InputError, TrainingStopped
+from robustlens.results.store import write_atomically
+
+
+def save_weights(model: nn.Module, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write the model's weights and buffers, with ``facts`` as JSON in the header."""
+    _write(path, model.state_dict(), facts or {})
+
+
+def save_state(
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: nn.Module | None,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write everything that a resumed run needs.
+
+    Raises:
+        TrainingStopped: a weight is not finite; the previous checkpoint stays.
+    """
+    tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
+    broken = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        raise TrainingStopped(
+            f"Training stopped: the weights {broken[0].removeprefix('model/')} are no longer finite. The last good "
+            "checkpoint is kept. Try a smaller learning rate, or training.grad_clip = 1.0."
+        )
+    numbers: dict[str, float] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            elif value is not None:
+                numbers[f"{index}/{name}"] = value
+    if average is not None:
+        tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
+    _write(path, tensors, {**facts, "optimizer_numbers": numbers})
+
+
+def load_state(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
+) -> dict[str, Any]:
+    """Restore what ``save_state`` wrote and return its facts.
+
+    Raises:
+        InputError: the file is damaged or belongs to another architecture.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model.load_state_dict(_under("model/", tensors))
+        if average is not None:
+            average.load_state_dict(_under("average/", tensors))
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"checkpoint {path}",
+            expected="the state of a run of this configuration",
+            got=str(error).splitlines()[0],
+            fix="Delete the run directory to train again from the start.",
+        ) from error
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in _under("optimizer/", tensors).items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = tensor
+    for key, number in facts.pop("optimizer_numbers").items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = number
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return facts
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomically(path, safetensors.torch.save(plain, {"facts": json.dumps(facts)}))

@@ -1,0 +1,138 @@
+"""How a network is trained, as typed settings with safe defaults."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SGD(Settings):
+    """Stochastic gradient descent with (Nesterov) momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Adam(Settings):
+    """Adam; ``weight_decay`` is added to the gradient."""
+
+    name: Literal["adam"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class AdamW(Settings):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class RMSprop(Settings):
+    """RMSprop."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    lr: float = Field(1e-4, gt=0)
+    alpha: float = Field(0.99, gt=0, lt=1)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Constant(Settings):
+    """The learning rate as it is."""
+
+    name: Literal["constant"] = "constant"
+
+    def scale(self, progress: float, epochs: int) -> float:
+        return 1.0
+
+
+class Step(Settings):
+    """Multiply by ``gamma`` every ``every`` epochs."""
+
+    name: Literal["step"] = "step"
+    every: int = Field(30, ge=1)
+    gamma: float = Field(0.1, gt=0)
+
+    def scale(self, progress: float, epochs: int) -> float:
+        return self.gamma ** (int(progress) // self.every)
+
+
+class MultiStep(Settings):
+    """Multiply by ``gamma`` at each of the epochs ``milestones``."""
+
+    name: Literal["multistep"] = "multistep"
+    milestones: tuple[float, ...]
+    gamma: float = Field(0.1, gt=0)
+
+    def scale(self, progress: float, epochs: int) -> float:
+        return self.gamma ** sum(progress >= m for m in self.milestones)
+
+
+class Cosine(Settings):
+    """Half a cosine from 1 to 0, after ``warmup`` epochs of linear growth."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup: float = Field(0.0, ge=0)
+
+    def scale(self, progress: float, epochs: int) -> float:
+        if progress < self.warmup:
+            return progress / self.warmup
+        span = max(epochs - self.warmup, 1e-9)
+        return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / span))
+
+
+class OneCycle(Settings):
+    """Linear from 0 up to 1 at ``peak`` (a share of all epochs) and down to 0 at the end."""
+
+    name: Literal["one-cycle"] = "one-cycle"
+    peak: float = Field(0.4, gt=0, lt=1)
+
+    def scale(self, progress: float, epochs: int) -> float:
+        share = progress / epochs
+        return share / self.peak if share < self.peak else (1 - share) / (1 - self.peak)
+
+
+Optimizer = Annotated[SGD | Adam | AdamW | RMSprop, Field(discriminator="name")]
+Schedule = Annotated[Constant | Step | MultiStep | Cosine | OneCycle, Field(discriminator="name")]
+
+
+class TrainingConfig(Settings):
+    """One training run.
+
+    Attributes:
+        epochs, batch_size: the last, smaller batch of an epoch is used too.
+        optimizer: sgd, adam, adamw or rmsprop with its own fields.
+        schedule: of the learning rate, as a function of the (fractional) epoch.
+        grad_clip: largest ℓ2 norm of the whole gradient; None leaves it alone.
+        averaging: decay of an exponential moving average of the weights, which is then what is validated and kept.
+        augment: augmentations by name or settings, in order.
+        validate_every: epochs between validations (the last epoch is always validated).
+        validation_examples: how many validation images the attack is run on.
+        checkpoint_seconds: time between checkpoints inside an epoch; there is one at every epoch's end anyway.
+    """
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1)
+    optimizer: Optimizer = SGD()
+    schedule: Schedule = Constant()
+    grad_clip: float | None = Field(None, gt=0)
+    averaging: float | None = Field(None, gt=0, lt=1)
+    augment: tuple[str | dict[str, object], ...] = ()
+    validate_every: int = Field(1, ge=1)
+    validation_examples: int = Field(1000, ge=1)
+    checkpoint_seconds: float = Field(60.0, ge=0)

@@ -1,0 +1,257 @@
+"""The training loop: one for every method, resumable to the bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from robustlens.attacks.verify import evaluate
+from robustlens.core import discovery
+from robustlens.core.modes import untouched
+from robustlens.core.rng import derive, generator
+from robustlens.core.types import Attack, Augmentation, Batch, Objective, Regularizer, Split, Splits, Update
+from robustlens.results.errors import TrainingStopped
+from robustlens.results.store import RunDirectory
+from robustlens.train.checkpoint import load_state, save_state, save_weights
+from robustlens.train.config import SGD, Adam, AdamW, TrainingConfig
+from robustlens.updates.descend import Descend
+
+
+class Watch(Protocol):
+    """Someone who watches a run: called after every step and every epoch."""
+
+    def step(self, done: int, total: int, loss: float) -> None: ...
+
+    def epoch(self, record: Mapping[str, Any]) -> None: ...
+
+
+class Silent:
+    """Watches nothing."""
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        return None
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is minimised and how steps are taken: the parts of a method."""
+
+    objective: Objective
+    regularizers: tuple[Regularizer, ...] = ()
+    update: Update = field(default_factory=Descend)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything else about it follows from its seed."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    best: float = -1.0
+    best_epoch: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    splits: Splits,
+    recipe: Recipe,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    run: RunDirectory,
+    validation: Attack,
+    watch: Watch | None = None,
+) -> list[dict[str, Any]]:
+    """Train ``model`` in place and return its per-epoch records; a run that was killed goes on where it stopped.
+
+    At the end ``last.safetensors`` holds the final weights, ``best.safetensors`` those of the best robust accuracy
+    under ``validation`` on the validation split (the test split is never read), ``metrics.jsonl`` the records. The
+    model is left with its last weights, in eval mode. Every random draw comes from ``seed`` and the step's number,
+    so on one machine the result does not depend on interruptions.
+
+    Raises:
+        TrainingStopped: the loss or a weight is not finite; the last good checkpoint is kept.
+    """
+    return _Trainer(model, splits, recipe, config, seed, run, validation, watch or Silent()).run_all()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        model: nn.Module,
+        splits: Splits,
+        recipe: Recipe,
+        config: TrainingConfig,
+        seed: int,
+        run: RunDirectory,
+        validation: Attack,
+        watch: Watch,
+    ) -> None:
+        self.model, self.data, self.recipe, self.config = model, splits, recipe, config
+        self.seed, self.run, self.validation, self.watch = seed, run, validation, watch
+        self.device = splits.train.labels.device
+        self.optimizer = make_optimizer(model, config)
+        self.average = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
+        self.augment: list[Augmentation] = [discovery.build("augmentation", a) for a in config.augment]
+        self.state_file = run.path / "state.safetensors"
+        self.now = Progress()
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and stored."""
+        return self.model if self.average is None else self.average
+
+    def run_all(self) -> list[dict[str, Any]]:
+        if self.state_file.is_file():
+            facts = load_state(self.state_file, model=self.model, optimizer=self.optimizer, average=self.average)
+            self.now = Progress(**facts)
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            for epoch in range(self.now.epoch, self.config.epochs):
+                self.now.epoch = epoch
+                self._epoch()
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state_dict())
+        self.model.eval()
+        return self.now.records
+
+    def _epoch(self) -> None:
+        now, size = self.now, self.config.batch_size
+        gen = generator("cpu", self.seed, "order", now.epoch)
+        parts = torch.split(torch.randperm(len(self.data.train), generator=gen), size)
+        if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm has no variance over a single example
+            parts = parts[:-1]
+        total = len(parts) * self.config.epochs
+        started = saved = time.monotonic()
+        before = now.seconds
+        self.model.train()
+        for step in range(now.step, len(parts)):
+            self._step(self.data.train.batch(parts[step]), now.epoch + step / len(parts), number=step)
+            now.step = step + 1
+            now.seconds = before + time.monotonic() - started
+            self.watch.step(now.epoch * len(parts) + now.step, total, now.loss_sum / now.seen)
+            if time.monotonic() - saved >= self.config.checkpoint_seconds and now.step < len(parts):
+                self._save()
+                saved = time.monotonic()
+        self._finish_epoch(before + time.monotonic() - started)
+
+    def _step(self, batch: Batch, progress: float, *, number: int) -> None:
+        config, now = self.config, self.now
+        gen = generator(self.device, self.seed, "step", now.epoch, number)
+        torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
+        x = batch.x
+        for augmentation in self.augment:
+            x = augmentation.augment(x, gen=gen)
+        batch = Batch(x, batch.y, batch.index)
+        rate = config.optimizer.lr * config.schedule.scale(progress, config.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.recipe.update.backward(self.model, self.recipe.objective, self.recipe.regularizers, batch, gen=gen)
+        loss = terms.loss.item()
+        if not math.isfinite(loss):
+            raise TrainingStopped(
+                f"Training stopped: the loss is {loss} in epoch {now.epoch + 1}, step {number + 1}. The last good "
+                "checkpoint is kept. Try a smaller learning rate, training.grad_clip = 1.0, or a smaller radius."
+            )
+        if config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        if self.average is not None:
+            update_average(self.average, self.model, config.averaging or 0.0)
+        now.loss_sum += loss * len(batch)
+        now.correct += int((terms.logits.detach().argmax(1) == batch.y).sum())
+        now.seen += len(batch)
+        for name, value in terms.parts.items():
+            now.parts[name] = now.parts.get(name, 0.0) + float(value.detach()) * len(batch)
+
+    def _finish_epoch(self, seconds: float) -> None:
+        now, config = self.now, self.config
+        record: dict[str, Any] = {
+            "epoch": now.epoch + 1,
+            "loss": now.loss_sum / now.seen,
+            "accuracy": now.correct / now.seen,
+            **{name: value / now.seen for name, value in now.parts.items()},
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+        }
+        if (now.epoch + 1) % config.validate_every == 0 or now.epoch + 1 == config.epochs:
+            record |= self._validate()
+            score = record["valid_robust_accuracy"]
+            if score > now.best:
+                now.best, now.best_epoch = score, now.epoch + 1
+                save_weights(self.kept, self.run.path / "best.safetensors", {"epoch": now.epoch + 1})
+        now.records.append(record)
+        now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
+        now.seconds = 0.0
+        save_weights(self.kept, self.run.path / "last.safetensors", {"epoch": now.epoch})
+        self.run.write_metrics(now.records)
+        self._save()
+        self.watch.epoch(record)
+
+    def _validate(self) -> dict[str, float]:
+        gen = generator(self.device, self.seed, "validate", self.now.epoch)
+        split = self.data.valid.first(self.config.validation_examples)
+        return validate(self.kept, split, self.validation, gen=gen, batch_size=max(self.config.batch_size, 250))
+
+    def _save(self) -> None:
+        save_state(
+            self.state_file,
+            model=self.model,
+            optimizer=self.optimizer,
+            average=self.average,
+            facts=vars(self.now),
+        )
+
+
+def validate(
+    model: nn.Module, split: Split, attack: Attack, *, gen: torch.Generator, batch_size: int
+) -> dict[str, float]:
+    """Clean loss, clean accuracy and robust accuracy (right before and after ``attack``) on ``split``."""
+    loss = clean = robust = 0.0
+    with untouched(model):
+        for batch in split.batches(batch_size):
+            found = evaluate(attack, model, batch, gen=gen)
+            loss += float(nn.functional.cross_entropy(found.clean_logits, batch.y, reduction="sum"))
+            clean += int(found.clean_correct.sum())
+            robust += int(found.robust.sum())
+    n = len(split)
+    return {"valid_loss": loss / n, "valid_accuracy": clean / n, "valid_robust_accuracy": robust / n}
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The torch optimizer that ``config.optimizer`` describes."""
+    choice = config.optimizer
+    fields = choice.model_dump(exclude={"name"})
+    if isinstance(choice, SGD):
+        return torch.optim.SGD(model.parameters(), **fields)
+    if isinstance(choice, Adam):
+        return torch.optim.Adam(model.parameters(), **fields)
+    if isinstance(choice, AdamW):
+        return torch.optim.AdamW(model.parameters(), **fields)
+    return torch.optim.RMSprop(model.parameters(), **fields)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · weights; buffers are copied."""
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(buffer)

@@ -1,0 +1,67 @@
+"""Small real subjects for the tests: trained in a blink, in float32 or float64, on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+torch.set_num_threads(1)
+
+needs_data = pytest.mark.skipif(
+    "ROBUSTLENS_DATA" not in os.environ, reason="ROBUSTLENS_DATA names no directory of data sets"
+)
+
+
+def gen(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Images (12, 1, 8, 8) in [0, 1], with pixels on the border of the box as digits have them."""
+    return torch.rand(12, 1, 8, 8, generator=gen(1)).mul(1.6).sub(0.3).clamp(0, 1)
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.arange(12) % 4
+
+
+class SmallNet(nn.Module):
+    """A network with everything that can be disturbed: BatchNorm statistics, dropout, two kinds of layers."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.3)
+        self.fc = nn.Linear(6 * 8 * 8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.drop(self.norm(self.conv(x)).relu().flatten(1)))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return SmallNet()
+
+
+@pytest.fixture
+def linear() -> nn.Module:
+    """Softmax regression on 8 × 8 images with 4 classes, weights of unit scale."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        nn.init.normal_(model[1].weight)
+        return model
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    return Path(os.environ["ROBUSTLENS_DATA"])
