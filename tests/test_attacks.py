@@ -56,7 +56,8 @@ def test_pgd_reaches_the_exact_worst_case_inside_the_box(norm: str, images: Tens
 
 def test_linear_exact_takes_the_worst_rival(linear: nn.Module, images: Tensor, labels: Tensor) -> None:
     threat = Lp("linf", 0.05)
-    found = logit_margin(linear(craft(LinearExact(threat=threat), linear, images, labels, gen=gen())), labels)
+    attack = LinearExact(threat=threat)
+    found = logit_margin(linear(craft(attack, linear, images, labels, gen=gen())), labels).detach()
     w = linear[1].weight.detach()
     for i, y in enumerate(labels.tolist()):
         margins = []

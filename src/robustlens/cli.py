@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,15 @@ from robustlens.results.errors import RobustlensError
 if TYPE_CHECKING:
     from robustlens.results.store import RunDirectory
     from robustlens.studies.config import StudyConfig
+
+
+class Format(str, Enum):
+    """How a figure is written."""
+
+    pdf = "pdf"
+    svg = "svg"
+    png = "png"
+
 
 app = typer.Typer(
     help="Train robust classifiers, look inside them, and test what the papers say about them.",
@@ -93,17 +103,15 @@ def audit(
     device: Device = "auto",
 ) -> None:
     """Look inside a network of your own, on data of your own."""
-    from robustlens.data.config import DataConfig
-    from robustlens.data.sources import load
     from robustlens.report.page import write_page
     from robustlens.show import Show, table
     from robustlens.studies.audit import audit as look
-    from robustlens.studies.audit import open_model
+    from robustlens.studies.audit import open_model, open_splits
 
-    splits = load(DataConfig(source=data, train=examples, valid=examples, test=examples))
+    splits = open_splits(data, examples=examples)
     network = open_model(model, splits, weights=weights, mean=mean, std=std)
     with Show(console) as show:
-        run = look(network, splits, threat=threat, label=model, out=out, device=device, examples=examples, watch=show)
+        run = look(network, splits, threat=threat, label=model, out=out, device=device, watch=show)
     table(console, [run])
     _say_page(write_page([run], run.path / "report.html", title=f"Audit of {model}"))
 
@@ -114,7 +122,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its title.")] = "robustlens report",
     figures: Annotated[Path | None, typer.Option(help="Also write every chart as a file into this directory.")] = None,
-    format: Annotated[str, typer.Option(help='Of the figures: "pdf", "svg" or "png".')] = "pdf",
+    format: Annotated[Format, typer.Option(help="Of the figures.")] = Format.pdf,
 ) -> None:
     """Write the page, and the figures for a paper, from finished runs."""
     from robustlens.report.figures import write_figures
@@ -124,7 +132,7 @@ def report(
     found = find_runs(runs)
     _say_page(write_page(found, out, title=title))
     if figures is not None:
-        files = write_figures(found, figures, format=format)
+        files = write_figures(found, figures, format=format.value)
         console.print(f"{len(files)} figures in {figures}")
 
 

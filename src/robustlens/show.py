@@ -89,7 +89,8 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
 def catalogue(console: Console, kind: str | None) -> None:
     """Every plug-in of ``kind`` (of every kind for None) with its settings, first sentence and source."""
     from robustlens.core.discovery import KINDS, discover
-    from robustlens.data.sources import EMBEDDED, WELL_KNOWN
+    from robustlens.data.embedded import EMBEDDED
+    from robustlens.data.hub import WELL_KNOWN
 
     kinds = [*KINDS, "data"]
     if kind is not None and kind not in kinds:

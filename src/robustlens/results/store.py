@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,7 +41,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader, or a crash, sees the old file or the new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+        name = str(path.parent / f".tmp-{uuid.uuid4().hex}")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
@@ -121,7 +122,15 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """The per-epoch records, oldest first."""
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        except ValueError as error:
+            raise InputError(
+                f"run directory {self.path}",
+                expected="a metrics.jsonl with one JSON object per line",
+                got=str(error),
+                fix="Delete the run directory and run the study again.",
+            ) from error
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -134,7 +143,8 @@ class RunDirectory:
         """Store ``reading`` as the directory ``path``, which appears complete or not at all."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
+            scratch = path.parent / f".tmp-{uuid.uuid4().hex}"
+            scratch.mkdir()
         except OSError as error:
             raise _unwritable(path, error) from error
         try:

@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from robustlens.core import discovery
+from robustlens.core.rng import generator
 from robustlens.core.types import Lens, Splits, Subject
 from robustlens.data.arrays import from_arrays
+from robustlens.data.config import DataConfig
+from robustlens.data.embedded import EMBEDDED
+from robustlens.data.sources import open_source
+from robustlens.data.splitting import assemble, stratified_order
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest
-from robustlens.studies.config import LENSES, Plugin
+from robustlens.studies.config import LENSES, Plugin, validated
 from robustlens.studies.plan import run_directory
 from robustlens.studies.run import SilentStudy, StudyWatch, examine, pick_device, provenance
 from robustlens.threats.lp import Lp
@@ -73,6 +78,20 @@ def audit(
             _, already = examine(lens, subject, directory, seed=seed, facts={})
             watch.done(label, lens.name, already=already)
     return directory
+
+
+def open_splits(source: str, *, examples: int | None = None) -> Splits:
+    """The images that the command line names, at most ``examples`` of each split.
+
+    A directory without a test split is all test images: nothing of it is needed for training.
+    """
+    config = validated(DataConfig, {"source": source, "train": examples, "valid": examples, "test": examples}, "data")
+    raw = open_source(config)
+    if source in EMBEDDED or set(raw.splits) != {"train"}:
+        return assemble(config, raw)
+    split = raw.splits["train"]
+    order = stratified_order(split.labels, generator("cpu", 0, "data", "audit"))[:examples]
+    return from_arrays(test=(split.images()[order], split.labels[order]), classes=raw.classes, name=raw.name)
 
 
 def open_model(

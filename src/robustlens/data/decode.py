@@ -1,0 +1,117 @@
+"""Encoded images (PNG, JPEG, WebP, …) to one tensor."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from robustlens.data.raw import Fit
+from robustlens.results.errors import InputError
+
+#: Pillow modes with more than 8 bits a channel: converting them would clip.
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_GREY = ("L", "1", "LA")
+_ORIENTATION = 0x0112
+#: Trying every format that Pillow knows takes longer than decoding a small image; these tell by their first bytes.
+_MAGIC = {b"\x89PNG": ("PNG",), b"\xff\xd8\xff\xe0": ("JPEG",), b"RIFF": ("WEBP",)}
+#: Bytes of an image from which decoding in threads pays; below, they only wait for each other.
+_WORTH_A_THREAD = 32_768
+
+_Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images that are decoded when asked for.
+
+    ``read(row)`` gives the bytes of one, ``where(row)`` names it in errors, and ``grey`` decides whether all become one
+    channel or three: a grey-scale image in a colour set is repeated over the channels.
+    """
+
+    read: Callable[[int], bytes]
+    where: Callable[[int], str]
+    grey: bool
+
+    def __call__(self, rows: Tensor, fit: Fit) -> Tensor:
+        """Images (n, C, H, W) uint8 at ``rows`` (n,).
+
+        Raises:
+            InputError: an image that cannot be read, has more than 8 bits a channel, or differs in size.
+        """
+        wanted = rows.tolist()
+        first = self._decoded(wanted[0], fit)
+        out = np.empty((len(wanted), *first.shape), dtype=np.uint8)
+
+        def fill(part: range) -> None:
+            for position in part:
+                image = self._decoded(wanted[position], fit)
+                if image.shape != first.shape:
+                    raise self._other_size(wanted[position], image, wanted[0], first)
+                out[position] = image
+
+        parts = [range(start, min(start + 256, len(wanted))) for start in range(0, len(wanted), 256)]
+        large = len(self.read(wanted[0])) >= _WORTH_A_THREAD
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if large else 1) as pool:
+            list(pool.map(fill, parts))
+        return torch.from_numpy(out)
+
+    def _decoded(self, row: int, fit: Fit) -> _Pixels:
+        """One image (C, H, W) after ``fit``."""
+        try:
+            image = np.asarray(_open(self.read(row), self.grey))
+        except _TooDeep as error:
+            raise InputError(
+                self.where(row), expected="8 bits a channel", got=f"mode {error}", fix="Convert it to 8 bits first."
+            ) from error
+        except Exception as error:  # decoders of damaged files raise almost anything
+            raise InputError(
+                self.where(row),
+                expected="an image that Pillow can read",
+                got=f"{type(error).__name__} ({' '.join(str(error).split())[:120]})",
+                fix="Replace or remove it.",
+            ) from error
+        image = image[None] if self.grey else image.transpose(2, 0, 1)
+        return image if fit == Fit() else fit(torch.from_numpy(image.copy())).numpy()
+
+    def _other_size(self, row: int, image: _Pixels, first_row: int, first: _Pixels) -> InputError:
+        (h, w), (h0, w0) = image.shape[1:], first.shape[1:]
+        return InputError(
+            self.where(row),
+            expected=f"{h0}×{w0} pixels (height × width) as {self.where(first_row)} has",
+            got=f"{h}×{w}",
+            fix="Set size (and resize) to bring all images to one size.",
+        )
+
+
+class _TooDeep(Exception):
+    pass
+
+
+def _open(data: bytes, grey: bool) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4]))
+    if image.mode in _DEEP:
+        raise _TooDeep(image.mode)
+    if image.format in ("JPEG", "MPO", "TIFF", "WEBP") and image.getexif().get(_ORIENTATION):
+        image = ImageOps.exif_transpose(image)
+    mode = "L" if grey else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def mostly_grey(read: Callable[[int], bytes], count: int) -> bool:
+    """Whether more than half of 65 images, evenly spread over ``count``, are grey-scale (unreadable ones count out)."""
+    votes = 0
+    rows = np.unique(np.linspace(0, count - 1, min(count, 65)).astype(int))
+    for row in rows:
+        try:
+            votes += 1 if Image.open(io.BytesIO(read(int(row)))).mode in _GREY else -1
+        except Exception:  # said with its place when it is decoded
+            continue
+    return votes > 0

@@ -1,0 +1,49 @@
+"""Streaming a split through a model, and choosing which examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor
+
+from robustlens.core.modes import untouched
+from robustlens.core.types import Batch, Split, Subject
+from robustlens.results.errors import InputError
+
+
+def sample(split: Split, n: int | None) -> Tensor:
+    """Positions (min(n, N),) of a fixed random sample without replacement; None takes every example in order.
+
+    The sample depends on the size of the split alone, so that models and seeds are compared on the same examples,
+    and files sorted by class do no harm.
+
+    Raises:
+        InputError: fewer than one example.
+    """
+    if n is not None and n < 1:
+        raise InputError("n_examples", expected="at least 1", got=str(n), fix="Raise it; leave it out for the default.")
+    if n is None or n >= len(split):
+        return torch.arange(len(split))
+    return torch.randperm(len(split), generator=Generator().manual_seed(0))[:n]
+
+
+def batches(subject: Subject, split: Split, order: Tensor, size: int) -> Iterator[Batch]:
+    """The examples at ``order``, in batches of at most ``size``, on the subject's device."""
+    for batch in split.batches(size, order=order):
+        yield Batch(*(part.to(subject.device) for part in (batch.x, batch.y, batch.index)))
+
+
+def logits(subject: Subject, split: Split, order: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) float64 and labels (N,) of the examples at ``order``, both on the CPU, in eval mode."""
+    outputs, labels = [], []
+    with untouched(subject.model), torch.no_grad():
+        for batch in batches(subject, split, order, size):
+            outputs.append(subject.model(batch.x).cpu().double())
+            labels.append(batch.y.cpu())
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def draw_seed(gen: Generator) -> int:
+    """A seed for numpy, drawn from ``gen``."""
+    return int(torch.randint(2**31, (1,), generator=gen, device=gen.device))

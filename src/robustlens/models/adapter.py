@@ -1,0 +1,334 @@
+"""The adapter for anybody's network: import it, load its weights, and check that it is what every method expects.
+
+Expected is a module from images (B, C, H, W) in [0, 1] to logits (B, K). What is a trap without an error elsewhere is
+an error here: probabilities instead of logits, pixels from 0 to 255, normalised data, weights of another architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Generator, Tensor, nn
+
+from robustlens.core.discovery import load_attribute
+from robustlens.core.modes import untouched
+from robustlens.models.classifier import check_request
+from robustlens.models.normalize import Normalized
+from robustlens.results.errors import InputError
+
+#: How far a row of probabilities may be from summing to one.
+SUM_TOLERANCE = 1e-3
+#: Images of a check are scaled by this to tell a sigmoid, which stays in [0, 1], from a logit, which does not.
+FAR = 1e3
+
+
+class OneLogit(nn.Module):
+    """A network with one output z (B,) or (B, 1) as one with the two logits (0, z): class 1 where z > 0.
+
+    Softmax cross-entropy of them is the logistic loss softplus(∓z).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.model(x).reshape(-1, 1)
+        return torch.cat([torch.zeros_like(z), z], dim=1)
+
+
+class WithNormalizer(nn.Module):
+    """``model`` behind a normaliser; it has ``features`` and ``head`` where the model has them."""
+
+    def __init__(self, normalize: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(self.normalize(x))
+        return logits
+
+    @property
+    def head(self) -> Any:
+        return self.model.head
+
+    @property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        inner: Any = self.model.features
+        return lambda x: inner(self.normalize(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class External(Normalized):
+    """A network of your own: any module from images (B, C, H, W) to logits (B, K), or to one logit for two classes.
+
+    Attributes:
+        source: ``pkg.module:name`` of a function (or class) that makes it without arguments, or of the module itself.
+        weights: its weights, a file that ``load_weights`` reads; None keeps what ``source`` gives.
+        mean, std, per_image: the normalisation it was trained with, put in front of it, so that its input is [0, 1].
+    """
+
+    name: ClassVar[str] = "external"
+    reference: ClassVar[str] = "none: your own network"
+
+    source: str
+    weights: str | None = None
+
+    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """The network, checked on images of ``shape``; a module named by ``source`` is copied.
+
+        Raises:
+            InputError: it cannot be imported, made or loaded, or it fails ``check_model``.
+        """
+        check_request(self.name, shape, classes)
+        model = _made(self.source)
+        if self.weights is not None:
+            load_weights(model, self.weights)
+        normalize = self.normalizer(shape[0])
+        if not isinstance(normalize, nn.Identity):
+            model = WithNormalizer(normalize, model)
+        return check_model(model, shape, classes)
+
+
+def _made(source: str) -> nn.Module:
+    found = load_attribute(source)
+    if isinstance(found, nn.Module):
+        return copy.deepcopy(found)
+    expected = "a torch.nn.Module, or a function without arguments that returns one"
+    if not callable(found):
+        raise InputError(source, expected=expected, got=type(found).__name__, fix="Name the function or the module.")
+    try:
+        model = found()
+    except Exception as error:
+        raise InputError(
+            source, expected=expected, got=_line(error), fix="Write a function that fills in the arguments."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(source, expected=expected, got=type(model).__name__, fix="Return the network itself.")
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Copy the tensors of ``path`` into ``model``; every name and shape has to fit.
+
+    Read are safetensors files, and PyTorch files (.pt, .pth) that hold a state dict and nothing that would run code
+    when opened. A state dict may lie under "state_dict" and its names may start with "module.".
+
+    Raises:
+        InputError: a file that cannot be read, or the first tensor that is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(str(path), expected="a file of weights", got="no such file", fix="Check the path.")
+    readers = {".safetensors": _read_safetensors, ".pt": _read_torch, ".pth": _read_torch}
+    if path.suffix not in readers:
+        raise InputError(
+            str(path),
+            expected="a .safetensors, .pt or .pth file",
+            got=path.suffix or "no suffix",
+            fix="Save the weights with safetensors.torch.save_file(model.state_dict(), path).",
+        )
+    given = readers[path.suffix](path)
+    if given and all(name.startswith("module.") for name in given):
+        given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
+    _check_fit(str(path), given, model.state_dict())
+    model.load_state_dict(given)
+
+
+def _check_fit(path: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    fix = "This is a checkpoint of another architecture, or of other settings (classes, width, image size)."
+    for name, tensor in wanted.items():
+        # Files older than PyTorch 0.4.1 lack this counter, and PyTorch starts it at 0.
+        if name not in given and not name.endswith("num_batches_tracked"):
+            raise InputError(
+                path, expected=f"tensor {name!r} of shape {tuple(tensor.shape)}", got="no such tensor", fix=fix
+            )
+    for name, tensor in given.items():
+        if name not in wanted:
+            raise InputError(path, expected="the model's tensors alone", got=f"also {name!r}", fix=fix)
+        if tensor.shape != wanted[name].shape:
+            raise InputError(
+                path,
+                expected=f"tensor {name!r} of shape {tuple(wanted[name].shape)}",
+                got=str(tuple(tensor.shape)),
+                fix=fix,
+            )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            str(path), expected="a safetensors file", got=_line(error), fix="Download or save it again."
+        ) from error
+    return tensors
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    fix = "Where you trust it, load it yourself and save model.state_dict() with safetensors.torch.save_file."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch suspects of a foreign pickle is said by the error below
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            str(path),
+            expected="a state dict of tensors alone",
+            got="a pickle that would run code when opened, or a damaged file",
+            fix=fix,
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(str(path), expected="a PyTorch state dict", got=_line(error), fix=fix) from error
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    if not isinstance(found, Mapping):
+        raise InputError(str(path), expected="a state dict", got=type(found).__name__, fix=fix)
+    for name, value in found.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise InputError(
+                str(path), expected="a state dict of tensors alone", got=f"{type(value).__name__} at {name!r}", fix=fix
+            )
+    return dict(found)
+
+
+def check_model(
+    model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device | str | None = None
+) -> nn.Module:
+    """The model, tried on a few images of ``shape``; a model with one logit for two classes comes back in OneLogit.
+
+    It runs in eval mode and is left as it was, except that it is moved to ``device`` (None: where it is).
+
+    Raises:
+        InputError: a failing forward pass, an output that is not (B, classes), not finite, without gradient, or made
+            of probabilities.
+    """
+    if device is not None:
+        model = model.to(device)
+    x = _probe(shape, next((p.device for p in model.parameters()), torch.device(device or "cpu")))
+    out = _output(model, x)
+    if classes == 2 and out.shape in ((len(x),), (len(x), 1)):
+        _check_values(out)
+        far = _output(model, FAR * torch.cat([x, -x]))
+        if bool(((far >= 0) & (far <= 1)).all()) and bool((far > 0).any()):
+            raise _probabilities("one output that stays in [0, 1] for any input", "sigmoid")
+        return OneLogit(model)
+    if out.shape != (len(x), classes):
+        raise InputError(
+            "model",
+            expected=f"{classes} logits an image, shape ({len(x)}, {classes})",
+            got=f"shape {tuple(out.shape)}",
+            fix="Take the network that was trained for these classes, or the data that it was trained on.",
+        )
+    _check_values(out)
+    out = out.detach()
+    if bool((out >= 0).all()) and float((out.sum(1) - 1).abs().max()) < SUM_TOLERANCE:
+        raise _probabilities("rows that are not negative and sum to 1", "softmax")
+    return model
+
+
+def _probe(shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Four noisy images (4, C, H, W), the same every time."""
+    return torch.rand(4, *shape, generator=Generator().manual_seed(0)).to(device)
+
+
+def _output(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output for ``x``, with its gradient's history."""
+    with untouched(model), torch.enable_grad():
+        try:
+            out = model(x.clone().requires_grad_())
+        except Exception as error:
+            raise InputError(
+                "model",
+                expected=f"a forward pass on images of shape {tuple(x.shape)}",
+                got=_line(error),
+                fix="Check that channels and size of the images are those that the network was made for.",
+            ) from error
+    if not isinstance(out, Tensor):
+        raise InputError(
+            "model",
+            expected="a tensor of logits",
+            got=type(out).__name__,
+            fix="Wrap it in a module that returns the logits, such as output.logits.",
+        )
+    return out
+
+
+def _check_values(out: Tensor) -> None:
+    if not bool(torch.isfinite(out).all()):
+        raise InputError(
+            "model",
+            expected="finite logits",
+            got="NaN or infinity",
+            fix="Check the weights, and that the network divides by no zero deviation.",
+        )
+    if not out.requires_grad:
+        raise InputError(
+            "model",
+            expected="logits with a gradient with respect to the image",
+            got="none",
+            fix="Remove torch.no_grad, detach, argmax or rounding from its forward pass.",
+        )
+
+
+def _probabilities(got: str, layer: str) -> InputError:
+    return InputError(
+        "model",
+        expected="logits",
+        got=f"what looks like probabilities: {got}",
+        fix=f"Remove the last {layer}: attacks and margins need what comes before it.",
+    )
+
+
+def check_images(images: Tensor) -> None:
+    """Raise InputError unless ``images`` is (N, C, H, W), uint8 or float in [0, 1], with N ≥ 1 and without NaN."""
+    if images.dim() != 4 or len(images) == 0:
+        raise InputError(
+            "images",
+            expected="one image or more, shape (N, C, H, W)",
+            got=f"shape {tuple(images.shape)}",
+            fix="Add the missing axis with unsqueeze, or leave out the surplus one.",
+        )
+    if images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+        raise InputError(
+            "images",
+            expected="channels first, shape (N, C, H, W)",
+            got=f"shape {tuple(images.shape)}, which looks like channels last",
+            fix="Use images.permute(0, 3, 1, 2).",
+        )
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise InputError(
+            "images", expected="uint8, or float in [0, 1]", got=str(images.dtype), fix="Use images.float() / 255."
+        )
+    if not bool(torch.isfinite(images).all()):
+        raise InputError(
+            "images", expected="finite pixels", got="NaN or infinity", fix="Remove or repair those images."
+        )
+    low, high = (float(value) for value in images.aminmax())
+    if low >= 0 and high <= 1:
+        return
+    if low < 0:
+        got, fix = "normalised data?", "Give the images in [0, 1] and put mean/std inside the model with mean=…, std=…."
+    elif high > 2:
+        got, fix = "0–255?", "Divide by 255, or give uint8."
+    else:
+        got, fix = "overshoot of a resize?", "Use images.clamp(0, 1)."
+    raise InputError("images", expected="pixels in [0, 1]", got=f"[{low:.4g}, {high:.4g}] ({got})", fix=fix)
+
+
+def _line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

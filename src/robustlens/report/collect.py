@@ -1,0 +1,205 @@
+"""Run directories → what the report shows: methods, readings by lens, panels by title."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from robustlens.results.errors import InputError
+from robustlens.results.panels import Curve, Panel, Series
+from robustlens.results.reading import Reading
+from robustlens.results.store import RunDirectory
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, read into memory. ``method`` is its label, made distinct where two configurations share one."""
+
+    method: str
+    seed: int
+    study: str
+    hash: str
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    readings: Sequence[Reading]
+
+
+@dataclass(frozen=True)
+class PanelGroup:
+    """Panels that are drawn over each other: same lens, same title, by method and then seed."""
+
+    title: str
+    kind: str
+    by_method: Mapping[str, Sequence[tuple[int, Panel]]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything that one lens, with one choice of settings, found on the runs."""
+
+    name: str
+    lens: str
+    entries: Sequence[tuple[Run, Reading]]
+
+    def panels(self) -> list[PanelGroup]:
+        """The panels by title, in the order in which they first appear."""
+        groups: dict[tuple[str, str, int], dict[str, list[tuple[int, Panel]]]] = {}
+        for run, reading in self.entries:
+            seen: dict[tuple[str, str], int] = {}
+            for panel in reading.panels:
+                name = (panel.title, panel.kind)
+                seen[name] = seen.get(name, 0) + 1
+                group = groups.setdefault((*name, seen[name]), {})
+                group.setdefault(run.method, []).append((run.seed, panel))
+        return [PanelGroup(title, kind, by_method) for (title, kind, _), by_method in groups.items()]
+
+
+def load(directories: Sequence[RunDirectory]) -> list[Run]:
+    """Read the runs; the same run given twice counts once.
+
+    Runs of one label are seeds of one method only if their configurations agree in everything but the seed. Where
+    they don't, each configuration becomes a method of its own, its label ended by the start of a hash.
+
+    Raises:
+        InputError: there is no run, or a directory is not a run's or is damaged.
+    """
+    if not directories:
+        raise InputError("report", expected="at least one run directory", got="none", fix="Name the runs to report on.")
+    found: dict[Any, Run] = {}
+    for directory in directories:
+        run = _read(directory)
+        found.setdefault(run.hash or directory.path.resolve(), run)
+    configurations: dict[str, list[str]] = {}
+    for run in found.values():
+        known = configurations.setdefault(run.method, [])
+        if (configuration := _seedless(run.config)) not in known:
+            known.append(configuration)
+    runs = []
+    for run in found.values():
+        if len(configurations[run.method]) > 1:
+            address = hashlib.sha256(_seedless(run.config).encode()).hexdigest()[:6]
+            run = replace(run, method=f"{run.method} · {address}")
+        runs.append(run)
+    return runs
+
+
+def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, seeds in ascending order; methods as they first appear."""
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(run.method, []).append(run)
+    return {method: sorted(group, key=lambda run: run.seed) for method, group in grouped.items()}
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """One section a lens and choice of settings (seeds in the settings aside), in order of first appearance."""
+    grouped: dict[tuple[str, str], list[tuple[Run, Reading]]] = {}
+    for group in methods(runs).values():
+        for run in group:
+            for reading in run.readings:
+                grouped.setdefault((reading.lens, _seedless(reading.settings)), []).append((run, reading))
+    by_lens: dict[str, list[tuple[str, str]]] = {}
+    for key in grouped:
+        by_lens.setdefault(key[0], []).append(key)
+    found = []
+    for lens, keys in by_lens.items():
+        settings = [grouped[key][0][1].settings for key in keys]
+        names = dict.fromkeys(name for own in settings for name in own if name != "seed")
+        differing = [name for name in names if len({_seedless([own.get(name)]) for own in settings}) > 1]
+        for key, own in zip(keys, settings, strict=True):
+            name = lens.replace("_", " ")
+            if len(keys) > 1:
+                name += f" ({', '.join(f'{d} {_brief(own[d])}' for d in differing if d in own) or 'default'})"
+            found.append(Section(name, lens, grouped[key]))
+    return found
+
+
+def training_curves(runs: Sequence[Run]) -> list[PanelGroup]:
+    """Loss, accuracy and whatever else the training recorded, per epoch."""
+    names = dict.fromkeys(k for run in runs for record in run.metrics for k, v in record.items() if _number(v))
+    names.pop("epoch", None)
+    accuracies = {"accuracy": "training", "valid_accuracy": "validation", "valid_robust_accuracy": "validation, robust"}
+    plans: list[tuple[str, str, dict[str, str]]] = [("Training loss", "loss", {"loss": "loss"})]
+    plans.append(("Accuracy while training", "accuracy", accuracies))
+    plans.append(("Learning rate", "learning rate", {"learning_rate": "learning rate"}))
+    plans.append(("Time per epoch", "seconds", {"seconds": "seconds"}))
+    known = {key for _, _, series in plans for key in series}
+    for name in names:
+        if name not in known:
+            words = name.replace("_", " ")
+            plans.append((words[:1].upper() + words[1:], words, {name: words}))
+    groups = []
+    for title, label, series in plans:
+        by_method: dict[str, list[tuple[int, Panel]]] = {}
+        for run in runs:
+            lines = tuple(line for key, name in series.items() if len((line := _line(run, key, name)).x))
+            if lines:
+                limits = (0.0, 1.0) if label == "accuracy" else None
+                panel = Curve(title, "epoch", label, lines, y_range=limits)
+                by_method.setdefault(run.method, []).append((run.seed, panel))
+        if by_method:
+            groups.append(PanelGroup(title, "curve", by_method))
+    return groups
+
+
+def _read(directory: RunDirectory) -> Run:
+    record = directory.read_json("run.json")
+    try:
+        config, provenance = dict(record.get("config") or {}), dict(record.get("provenance") or {})
+        label = str(record["label"]).strip() or "(no name)"
+        seed, study, address = int(record["seed"]), str(record.get("study") or ""), str(record.get("hash") or "")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"run directory {directory.path}",
+            expected="a run.json with a label and a seed",
+            got=f"{type(error).__name__} ({error})",
+            fix="Give the directory of a run that robustlens made, or run it again.",
+        ) from error
+    try:
+        metrics = directory.metrics()
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"run directory {directory.path}",
+            expected="a metrics.jsonl with a JSON record a line",
+            got=str(error),
+            fix="Run it again; a finished epoch is not computed twice.",
+        ) from error
+    return Run(label, seed, study, address, config, provenance, metrics, directory.readings())
+
+
+def _line(run: Run, key: str, name: str) -> Series:
+    points = [
+        (float(record.get("epoch", i + 1)), float(record[key]))
+        for i, record in enumerate(run.metrics)
+        if _number(record.get(key))
+    ]
+    return Series(name, np.array([x for x, _ in points]), np.array([y for _, y in points]))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _seedless(value: Any) -> str:
+    def strip(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {str(k): strip(v) for k, v in part.items() if k != "seed"}
+        return [strip(v) for v in part] if isinstance(part, list | tuple) else part
+
+    return json.dumps(strip(value), sort_keys=True, default=str)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(_brief(v) for k, v in value.items() if k != "seed" and v is not None)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

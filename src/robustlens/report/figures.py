@@ -1,0 +1,86 @@
+"""Figures for papers: every chart of the report as a file of its own, with its own legend."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import altair as alt
+import vl_convert
+
+from robustlens.report.aggregate import over_seeds
+from robustlens.report.charts import chart, palette, spec
+from robustlens.report.collect import load, methods, sections, training_curves
+from robustlens.report.pictures import grid
+from robustlens.results.errors import InputError
+from robustlens.results.panels import Gallery
+from robustlens.results.store import RunDirectory, write_atomically
+
+FORMATS = ("pdf", "svg", "png")
+
+
+def vega_lite_version() -> str:
+    """The Vega-Lite version of the specifications, as vl-convert names it: the newest it has of the same major."""
+    major = alt.SCHEMA_VERSION.removeprefix("v").split(".")[0]
+    known = [v for v in vl_convert.get_vegalite_versions() if v.split(".")[0] == major]
+    return str(max(known, key=lambda v: int(v.split(".")[1])))
+
+
+def write_figures(runs: Sequence[RunDirectory], directory: Path, *, format: Literal["pdf", "svg", "png"]) -> list[Path]:
+    """Write each chart to ``directory`` as ``<lens>-<title>.<format>``.
+
+    Pictures stay pictures: a gallery becomes one PNG a method whatever the format. Tables are not drawn.
+
+    Raises:
+        InputError: an unknown format, no runs, a damaged run directory, or a directory that cannot be written to.
+    """
+    if format not in FORMATS:
+        fix = "Choose one of these formats."
+        raise InputError("figure format", expected=", ".join(FORMATS), got=repr(format), fix=fix)
+    loaded = load(runs)
+    colours = palette(methods(loaded))
+    named = [("training", group) for group in training_curves(loaded)]
+    named += [(section.name, group) for section in sections(loaded) for group in section.panels()]
+    taken: set[str] = set()
+    written = []
+    for lens, group in named:
+        merged = {method: over_seeds(panels)[0] for method, panels in group.by_method.items()}
+        if group.kind == "gallery":
+            for method, panel in merged.items():
+                if isinstance(panel, Gallery):
+                    path = directory / f"{_fresh(f'{lens} {group.title} {method}', taken)}.png"
+                    write_atomically(path, grid(panel))
+                    written.append(path)
+        elif group.kind != "table":
+            path = directory / f"{_fresh(f'{lens} {group.title}', taken)}.{format}"
+            write_atomically(path, _render(spec(chart(merged, colours=colours)), format))
+            written.append(path)
+    return written
+
+
+def _render(drawn: dict[str, object], format: str) -> bytes:
+    version = vega_lite_version()
+    if format == "svg":
+        return str(vl_convert.vegalite_to_svg(drawn, vl_version=version)).encode()
+    if format == "pdf":
+        return bytes(vl_convert.vegalite_to_pdf(drawn, vl_version=version))
+    return bytes(vl_convert.vegalite_to_png(drawn, vl_version=version, scale=2))
+
+
+def slug(text: str) -> str:
+    """``text`` as a safe file name: a to z, digits and single hyphens, at most 80 characters."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:80].strip("-") or "figure"
+
+
+def _fresh(text: str, taken: set[str]) -> str:
+    name = base = slug(text)
+    count = 1
+    while name in taken:
+        count += 1
+        name = f"{base}-{count}"
+    taken.add(name)
+    return name

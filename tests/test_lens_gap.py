@@ -1,0 +1,95 @@
+"""The generalisation gap from losses computed by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from robustlens.attacks.pgd import PGD
+from robustlens.lenses.gap import GeneralisationGap
+from robustlens.lenses.oracle import two_sided_subject
+from robustlens.threats.lp import Lp
+
+
+def gen() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_oracles() -> None:
+    for oracle in GeneralisationGap.oracles():
+        reading = oracle.lens.look(oracle.subject, gen=gen())
+        for name, (value, tolerance) in oracle.expected.items():
+            assert reading[name].value == pytest.approx(value, abs=tolerance), name
+
+
+def test_levels_gaps_and_their_signs() -> None:
+    train, test = [0.4, 0.1, 0.2, 0.3], [0.3, -0.2, -0.1, 0.1]
+    subject = two_sided_subject(train_shifts=train, test_shifts=test)
+    reading = GeneralisationGap(robust=False).look(subject, gen=gen())
+    loss = {
+        s: sum(math.log1p(math.exp(-4 * v)) for v in values) / 4 for s, values in (("train", train), ("test", test))
+    }
+    assert reading["loss, train"].value == pytest.approx(loss["train"], abs=1e-6)
+    assert reading["loss, test"].value == pytest.approx(loss["test"], abs=1e-6)
+    assert reading["loss gap"].value == pytest.approx(loss["test"] - loss["train"], abs=1e-6)
+    assert reading["error gap"].value == 0.5
+    assert reading["loss gap"].low <= reading["loss gap"].value <= reading["loss gap"].high
+    assert reading.headline == ("loss gap", "error gap")
+    assert "threat" not in reading.settings and "50.0 points higher" in reading.says
+
+
+def test_splits_give_equally_many_examples() -> None:
+    subject = two_sided_subject(train_shifts=[0.2] * 30, test_shifts=[0.2] * 12)
+    for wanted, n in ((None, 12), (100, 12), (5, 5)):
+        reading = GeneralisationGap(n_examples=wanted, robust=False).look(subject, gen=gen())
+        assert reading["loss gap"].n == n and reading["loss gap"].value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_attack_of_ones_own() -> None:
+    subject = two_sided_subject(train_shifts=[0.3] * 6, test_shifts=[0.1] * 6)
+    attack = PGD(threat=Lp("linf", 0.2), steps=10)
+    reading = GeneralisationGap(attack=attack).look(subject, gen=gen())
+    assert reading.settings["threat"] == "linf:0.2"
+    assert reading["robust error, train"].value == 0.0 and reading["robust error, test"].value == 1.0
+    assert reading["robust loss, train"].value == pytest.approx(math.log1p(math.exp(-4 * (0.3 - 0.2))), abs=1e-5)
+
+
+@dataclass(frozen=True)
+class Retreat:
+    """An attack that makes images safer."""
+
+    name: ClassVar[str] = "retreat"
+    threat: Lp
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
+        return x + (2 * y - 1)[:, None, None, None] * torch.tensor([[self.threat.eps, 0.0], [0.0, 0.0]])
+
+
+def test_a_useless_attack_does_not_lower_the_loss() -> None:
+    subject = two_sided_subject(train_shifts=[0.1] * 4, test_shifts=[0.1] * 4)
+    reading = GeneralisationGap(attack=Retreat(Lp("l2", 0.1))).look(subject, gen=gen())
+    assert reading["robust loss, test"].value == reading["loss, test"].value
+
+
+def test_the_model_is_left_alone_and_measured_in_eval_mode() -> None:
+    subject = two_sided_subject(train_shifts=[0.2] * 6, test_shifts=[0.2] * 6)
+    model = nn.Sequential(subject.model, nn.Dropout(0.9)).train()
+    subject = type(subject)(model, subject.splits, subject.threat)
+    random = torch.get_rng_state()
+    reading = GeneralisationGap().look(subject, gen=gen())
+    assert reading["error, test"].value == 0.0
+    assert model.training and torch.equal(random, torch.get_rng_state())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_losses_that_are_not_finite_fail() -> None:
+    subject = two_sided_subject(train_shifts=[0.2] * 4, test_shifts=[0.2] * 4)
+    with torch.no_grad():
+        subject.model[1].weight.fill_(float("nan"))
+    for robust in (False, True):
+        assert GeneralisationGap(robust=robust).look(subject, gen=gen()).outcome.status == "failed"
