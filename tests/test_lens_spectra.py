@@ -43,6 +43,7 @@ def test_oracles() -> None:
         reading = oracle.lens.look(oracle.subject, gen=gen())
         for name, (value, tolerance) in oracle.expected.items():
             assert reading[name].value == pytest.approx(value, abs=tolerance), name
+            assert reading[name].nature == "exact"
 
 
 def test_numbers_of_a_small_network() -> None:
@@ -57,6 +58,7 @@ def test_numbers_of_a_small_network() -> None:
     assert reading["log10 product of norm bounds"].value == pytest.approx(sum(map(math.log10, bounds)), abs=1e-12)
     padded = np.linalg.svd(padded_matrix(model[0]), compute_uv=False)
     assert padded[0] <= bounds[0] and bounds[2] == pytest.approx(last[0])
+    assert reading["largest layer norm"].nature == "estimate"  # zero padding: the circular operator stands for it
     assert reading["largest layer norm"].value == pytest.approx(max(first[0], second[0], last[0]))
     spreads = [first.std(), second.std(), last.std()]
     assert reading["mean spread of singular values"].value == pytest.approx(np.mean(spreads))

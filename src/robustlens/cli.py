@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robustlens.studies.config import StudyConfig
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """How a figure is written."""
 
     pdf = "pdf"

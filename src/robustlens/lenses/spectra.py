@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ class LayerSpectra:
         bounds: list[float | None] = []
         spreads: dict[str, float] = {}
         convolutions: list[float] = []
+        exact = True
         for layer in operators(subject.model, image):
             if isinstance(layer, Skipped):
                 rows.append((layer.name, None, f"not measured: {layer.why}", *[None] * (len(HEADER) - 3)))
@@ -94,6 +95,7 @@ class LayerSpectra:
             if not bool(torch.isfinite(layer.weight).all()):
                 return self._failed(f"Layer {layer.name} holds weights that are not finite numbers.")
             values = layer.spectrum().numpy()
+            exact = exact and layer.label == "exact"
             norms[layer.name], spreads[layer.name] = float(values[0]), float(values.std())
             if isinstance(layer, ConvOperator):
                 convolutions.append(float(values.std()))
@@ -105,7 +107,7 @@ class LayerSpectra:
         return Reading(
             lens=self.name,
             says=_sentence(norms),
-            quantities=tuple(_quantities(norms, bounds, spreads, convolutions)),
+            quantities=tuple(_quantities(norms, bounds, spreads, convolutions, "exact" if exact else "estimate")),
             headline=(
                 *(("log10 spectral complexity",) if min(norms.values()) > 0 else ()),
                 "largest layer norm",
@@ -151,29 +153,34 @@ def _curve(name: str, values: np.ndarray, points: int) -> Series:
 
 
 def _quantities(
-    norms: dict[str, float], bounds: list[float | None], spreads: dict[str, float], convolutions: list[float]
+    norms: dict[str, float],
+    bounds: list[float | None],
+    spreads: dict[str, float],
+    convolutions: list[float],
+    nature: Literal["exact", "estimate"],
 ) -> list[Quantity]:
+    """The summary; ``nature`` is "exact" where every measured operator is the layer itself."""
     n = len(norms)
     found = []
     if min(norms.values()) > 0:
         complexity = sum(math.log10(v) for v in norms.values())
-        found.append(Quantity("log10 spectral complexity", complexity, n=n, nature="exact"))
+        found.append(Quantity("log10 spectral complexity", complexity, n=n, nature=nature))
     certified = [b for b in bounds if b is not None]
     if len(certified) == n and min(certified) > 0:
         value = sum(math.log10(b) for b in certified)
         found.append(Quantity("log10 product of norm bounds", value, n=n, nature="upper bound"))
-    found.append(Quantity("largest layer norm", max(norms.values()), n=n, nature="exact"))
+    found.append(Quantity("largest layer norm", max(norms.values()), n=n, nature=nature))
     spread = sum(spreads.values()) / n
-    found.append(Quantity("mean spread of singular values", spread, n=n, nature="exact"))
+    found.append(Quantity("mean spread of singular values", spread, n=n, nature=nature))
     if convolutions:
         mean = sum(convolutions) / len(convolutions)
-        found.append(Quantity("mean spread, convolutions", mean, n=len(convolutions), nature="exact"))
+        found.append(Quantity("mean spread, convolutions", mean, n=len(convolutions), nature=nature))
     return found
 
 
 def _sentence(norms: dict[str, float]) -> str:
     strongest = max(norms, key=lambda name: norms[name])
-    said = f"The layer that stretches most is {strongest}: it can lengthen its input {norms[strongest]:.3g} times"
+    said = f"The layer that stretches most is {strongest}: it can lengthen its input about {norms[strongest]:.3g} times"
     zero = [name for name, norm in norms.items() if norm == 0]
     if zero:
         return f"{said}; layer {zero[0]} is all zeros and passes nothing on."
