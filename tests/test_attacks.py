@@ -85,7 +85,7 @@ def naive_pgd(model: nn.Module, x: Tensor, y: Tensor, threat: Lp, steps: int, al
             if threat.norm == "linf":
                 z = (z + alpha * g.sign()).clamp(x[i] - threat.eps, x[i] + threat.eps)
             else:
-                delta = z + alpha * g / g.norm() - x[i]
+                delta = (z + alpha * g / g.norm() - x[i]).detach()
                 z = x[i] + delta * min(1.0, threat.eps / float(delta.norm()))
         out.append(z.detach())
     return torch.cat(out)

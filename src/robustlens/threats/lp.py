@@ -126,14 +126,7 @@ class Lp:
         if self.eps == 0:
             return x + 0 * x_adv  # NaN in x_adv must stay visible
         inside = x_adv.clamp(self.low, self.high)
-        over = self.distance(inside, x) > self.eps
-        if not bool(over.any()):
-            return inside
-        if not bool(over.all()):
-            result = inside.clone()
-            result[over] = self._onto_sphere(x_adv[over], x[over])
-            return result
-        return self._onto_sphere(x_adv, x)
+        return self._l2_nearest(x_adv, x, inside) if self.norm == "l2" else self._l1_nearest(x_adv, x, inside)
 
     def support(self, grad: Tensor, x: Tensor) -> Tensor:
         """argmax_z ⟨grad, z⟩ over the ball around x and the box (B, C, H, W), exactly."""
@@ -141,7 +134,9 @@ class Lp:
         if self.norm == "linf":
             step = room.clamp_max(self.eps)
         elif self.norm == "l2":
-            step = _scaled_to(grad.abs(), room, self.eps)
+            size = grad.abs() / _each(grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny), grad)
+            scale = _scale_to(size.square().flatten(1), room.square().flatten(1), self.eps)
+            step = (_each(scale, x) * size).minimum(room)
         else:
             order = grad.abs().flatten(1).argsort(dim=1, descending=True)
             sorted_room = room.flatten(1).gather(1, order)
@@ -161,15 +156,25 @@ class Lp:
             return flat.abs().amax(1)
         return flat.norm(dim=1) if self.norm == "l2" else flat.abs().sum(1)
 
-    def _onto_sphere(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def _l2_nearest(self, x_adv: Tensor, x: Tensor, inside: Tensor) -> Tensor:
+        """The optimality conditions give z = clamp(x + s (x_adv − x)) with one s ≤ 1 per example."""
         delta = x_adv - x
-        room = self._room(delta, x)
-        if self.norm == "l2":
-            # The optimality conditions give z = clamp(x + s (x_adv − x)) with one s per example.
-            step = _scaled_to(delta.abs(), room, self.eps)
-        else:
-            step = _soft_threshold_to(delta.abs(), room, self.eps)
-        return self._keep(x + delta.sign() * step, x)
+        limit = (inside - x).square_().flatten(1)  # a pixel that meets the box at s ≤ 1 meets it at `inside`
+        far = limit.sum(1) > self.eps**2
+        if not bool(far.any()):
+            return inside
+        square = delta.square().flatten(1)
+        scale = torch.where(far, _scale_to(square, limit, self.eps), torch.ones_like(limit[:, 0]))
+        return torch.addcmul(x, delta, _each(scale, x)).clamp_(self.low, self.high)
+
+    def _l1_nearest(self, x_adv: Tensor, x: Tensor, inside: Tensor) -> Tensor:
+        """The optimality conditions give z − x = sign(δ) min(max(|δ| − t, 0), room) with one t ≥ 0 per example."""
+        delta = x_adv - x
+        far = self.distance(inside, x) > self.eps
+        if not bool(far.any()):
+            return inside
+        step = _soft_threshold_to(delta.abs(), self._room(delta, x), self.eps)
+        return torch.where(_each(far, x), self._keep(x + delta.sign() * step, x), inside)
 
     def _room(self, direction: Tensor, x: Tensor) -> Tensor:
         """How far each pixel can move along the sign of ``direction`` before it meets the box."""
@@ -202,26 +207,22 @@ def _each(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-def _scaled_to(magnitude: Tensor, room: Tensor, eps: float) -> Tensor:
-    """min(s · magnitude, room) with the s > 0 for which its ℓ2 norm is eps (all the room if that is less).
+def _scale_to(square: Tensor, limit: Tensor, eps: float) -> Tensor:
+    """The s ≥ 0 (B,) for which Σ min(s² · square, limit) = eps², for squares (B, d); very large if the limits forbid it.
 
-    φ(u) = Σ min(u · magnitude², room²), u = s², is concave, increasing and piecewise linear, so Newton's method
-    from below climbs to the root without passing it and ends after finitely many steps; a handful in practice.
+    The sum is concave, increasing and piecewise linear in u = s², so Newton's method from below climbs to the root
+    without passing it, in finitely many steps (a handful in practice); it aims a few roundings below eps.
     """
-    square, limit = magnitude.flatten(1).square(), room.flatten(1).square()
-    largest = square.amax(1, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)
-    square = square / largest
-    u = eps**2 / square.sum(1).clamp_min(1e-30)
-    for _ in range(100):
+    target = (eps * (1 - 4 * torch.finfo(square.dtype).eps)) ** 2
+    u = target / square.sum(1).clamp_min(1e-30)
+    for _ in range(50):
         reach = u[:, None] * square
-        free = reach < limit
-        missing = eps**2 - torch.where(free, reach, limit).sum(1)
-        slope = (square * free).sum(1)
-        growth = torch.where(slope > 0, missing.clamp_min(0) / slope.clamp_min(1e-30), torch.zeros_like(u))
-        u = u + growth
-        if bool((growth <= 1e-6 * u).all()):
+        missing = target - torch.minimum(reach, limit).sum(1)
+        if bool((missing <= 16 * torch.finfo(square.dtype).eps * target).all()):
             break
-    return (u[:, None] * square).minimum(limit).sqrt().view_as(magnitude)
+        moving = reach.mul_(reach < limit).sum(1)  # u times the slope
+        u = u * (1 + missing.clamp_min(0) / moving.clamp_min(1e-30))
+    return u.sqrt()
 
 
 def _soft_threshold_to(magnitude: Tensor, room: Tensor, eps: float) -> Tensor:
