@@ -163,8 +163,7 @@ class Lp:
         far = limit.sum(1) > self.eps**2
         if not bool(far.any()):
             return inside
-        square = delta.square().flatten(1)
-        scale = torch.where(far, _scale_to(square, limit, self.eps), torch.ones_like(limit[:, 0]))
+        scale = torch.where(far, _scale_to(delta.square().flatten(1), limit, self.eps), 1.0)
         return torch.addcmul(x, delta, _each(scale, x)).clamp_(self.low, self.high)
 
     def _l1_nearest(self, x_adv: Tensor, x: Tensor, inside: Tensor) -> Tensor:
@@ -208,20 +207,22 @@ def _each(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _scale_to(square: Tensor, limit: Tensor, eps: float) -> Tensor:
-    """The s ≥ 0 (B,) for which Σ min(s² · square, limit) = eps², for squares (B, d); very large if the limits forbid it.
+    """The s ≥ 0 (B,) for which Σ min(s² · square, limit) = eps², or the whole limit where that is less; both (B, d).
 
     The sum is concave, increasing and piecewise linear in u = s², so Newton's method from below climbs to the root
     without passing it, in finitely many steps (a handful in practice); it aims a few roundings below eps.
     """
-    target = (eps * (1 - 4 * torch.finfo(square.dtype).eps)) ** 2
+    rounding = torch.finfo(square.dtype).eps
+    target = limit.sum(1).clamp_max(eps**2) * (1 - 8 * rounding)
     u = target / square.sum(1).clamp_min(1e-30)
     for _ in range(50):
         reach = u[:, None] * square
         missing = target - torch.minimum(reach, limit).sum(1)
-        if bool((missing <= 16 * torch.finfo(square.dtype).eps * target).all()):
+        if bool((missing <= 8 * rounding * target).all()):
             break
-        moving = reach.mul_(reach < limit).sum(1)  # u times the slope
-        u = u * (1 + missing.clamp_min(0) / moving.clamp_min(1e-30))
+        free = (limit - reach).sign_().clamp_min_(0)  # 1 where a pixel still moves; comparisons are slower
+        moving = free.mul_(reach).sum(1)  # u times the slope
+        u = u * (1 + missing.clamp_min_(0) / moving.clamp_min_(1e-30))
     return u.sqrt()
 
 
