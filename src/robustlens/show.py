@@ -16,6 +16,10 @@ from robustlens.results.errors import unknown_name
 from robustlens.results.store import RunDirectory
 
 
+#: Statuses of a number that a reader must be warned of.
+DOUBTFUL = ("unreliable", "failed")
+
+
 class Show:
     """Two bars: the pieces of the study, and the steps of the training at hand."""
 
@@ -70,20 +74,23 @@ class Show:
 
 
 def table(console: Console, runs: Sequence[RunDirectory]) -> None:
-    """The headline numbers of ``runs``, a row a method."""
+    """The headline numbers of ``runs``: a row a number, a column a method, as many side by side as fit."""
     from robustlens.report.summary import plain, summarise
 
     summary = summarise(runs)
-    shown = Table(header_style="bold", show_lines=False)
-    shown.add_column("method")
-    for column in summary.columns:
-        shown.add_column(escape(column.title), justify="right")
-    for row in summary.rows:
-        shown.add_row(escape(row.method), *(escape(plain(cell)) for cell in row.cells))
-    console.print(shown)
-    for row in summary.rows:
-        for reason in dict.fromkeys(c.why for c in row.cells if c.status in ("unreliable", "failed")):
-            console.print(f"⚠ {escape(row.method)}: {escape(reason)}", soft_wrap=True)
+    fit = max(1, (console.width - 32) // 16)
+    for first in range(0, len(summary.rows), fit):
+        group = summary.rows[first : first + fit]
+        shown = Table(header_style="bold", show_lines=True)
+        shown.add_column("")
+        for row in group:
+            shown.add_column(escape(row.method), justify="right")
+        for number, column in enumerate(summary.columns):
+            shown.add_row(escape(column.title), *(escape(plain(row.cells[number])) for row in group))
+        console.print(shown)
+    reasons = {(row.method, c.why): None for row in summary.rows for c in row.cells if c.status in DOUBTFUL}
+    for method, why in reasons:
+        console.print(f"⚠ {escape(method)}: {escape(why)}", soft_wrap=True)
 
 
 def catalogue(console: Console, kind: str | None) -> None:

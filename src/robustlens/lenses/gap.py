@@ -117,7 +117,7 @@ class GeneralisationGap:
             lens=self.name,
             says=self._sentence(gaps, n),
             quantities=(*gaps, *levels),
-            headline=tuple(q.name for q in gaps),
+            headline=tuple(q.name for q in gaps if q.name != "robust error gap"),
             panels=(Table("Generalisation gaps", HEADER, tuple(rows)),),
             settings=settings,
         )

@@ -108,7 +108,7 @@ class LogitMargins:
                 f"for {share:.1%} of the images the lead or the deficit is below {self.near:g}."
             ),
             quantities=tuple(quantities),
-            headline=("mean margin, test", "mean normalised margin, test", "share near the boundary, test"),
+            headline=("mean normalised margin, test",),
             panels=tuple(panels),
             settings=settings,
         )

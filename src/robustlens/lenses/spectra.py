@@ -110,7 +110,6 @@ class LayerSpectra:
             quantities=tuple(_quantities(norms, bounds, spreads, convolutions, "exact" if exact else "estimate")),
             headline=(
                 *(("log10 spectral complexity",) if min(norms.values()) > 0 else ()),
-                "largest layer norm",
                 "mean spread of singular values",
             ),
             panels=(

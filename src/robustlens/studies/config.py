@@ -46,7 +46,8 @@ class StudyConfig(Settings):
         methods: what is compared.
         seeds: each method is trained once per seed.
         lenses: what is measured on each trained network.
-        weights: which checkpoint is examined.
+        weights: which checkpoint is examined: the last, or the best by robust accuracy on validation images (early
+            stopping against robust overfitting; of a network that is not robust it tends to pick an early epoch).
     """
 
     name: str = Field("study", min_length=1, max_length=80)
@@ -58,7 +59,7 @@ class StudyConfig(Settings):
     validation: dict[str, Any] | None = None
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     lenses: tuple[Plugin, ...] = LENSES
-    weights: Literal["best", "last"] = "best"
+    weights: Literal["last", "best"] = "last"
 
 
 def read_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
