@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from robustlens.results.errors import RobustlensError
 
@@ -133,7 +134,7 @@ def report(
     _say_page(write_page(found, out, title=title))
     if figures is not None:
         files = write_figures(found, figures, format=format.value)
-        console.print(f"{len(files)} figures in {figures}")
+        console.print(f"{len(files)} figures in {escape(str(figures))}")
 
 
 @app.command(name="list")
@@ -164,19 +165,31 @@ def _home(runs: list[RunDirectory]) -> Path:
 
 
 def _say_page(path: Path) -> None:
-    console.print(f"\nThe page: [bold]{path}[/bold]", soft_wrap=True)
+    console.print(f"\nThe page: [bold]{escape(str(path))}[/bold]", soft_wrap=True)
 
 
 def main() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
     try:
-        app()
+        code = app(standalone_mode=False) or 0
     except RobustlensError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True, highlight=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nStopped. Run the same command again to go on from here.")
-        sys.exit(130)
+        code = error.exit_code
+        _say_error(str(error))
+    except typer.Abort:
+        code = 130
+    except Exception as error:  # typer's own errors: an unknown option, a missing argument, a value that does not fit
+        if not hasattr(error, "format_message"):
+            raise
+        code = getattr(error, "exit_code", 2)
+        if text := error.format_message():
+            _say_error(f"{' '.join(text.split()).rstrip('.')}. See --help.")
+    if code == 130:
+        Console(stderr=True).print("Stopped. Run the same command again to go on from here.")
+    sys.exit(code)
+
+
+def _say_error(text: str) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True, highlight=False, emoji=False)
 
 
 if __name__ == "__main__":

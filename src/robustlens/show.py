@@ -15,7 +15,6 @@ from rich.table import Table
 from robustlens.results.errors import unknown_name
 from robustlens.results.store import RunDirectory
 
-
 #: Statuses of a number that a reader must be warned of.
 DOUBTFUL = ("unreliable", "failed")
 

@@ -16,7 +16,7 @@ class UniformNoise:
     """x + η, η uniform in the ball, then moved into the box. No gradients, no forward pass."""
 
     name: ClassVar[str] = "uniform-noise"
-    reference: ClassVar[str] = "Yamada et al. 2021, arXiv 2102.02950, §5"
+    reference: ClassVar[str] = "Yamada et al. 2021, arXiv 2102.02950, Theorem 2"
 
     threat: Threat
 

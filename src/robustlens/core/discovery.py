@@ -71,11 +71,11 @@ def load_attribute(path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's code
         raise InputError(
             path,
             expected="pkg.module:attribute that can be imported",
-            got=str(error),
+            got=f"{type(error).__name__}: {error}",
             fix="Check the spelling, and that its directory is on PYTHONPATH.",
         ) from error
 
@@ -126,8 +126,10 @@ def _coerce(hint: Any, value: Any) -> Any:
 
 
 def _validated(what: str, hint: Any, value: Any) -> Any:
+    if isinstance(value, bool) and hint in (int, float, int | None, float | None):
+        raise InputError(what, expected="a number", got=repr(value), fix="Correct the value; see `robustlens list`.")
     try:
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
         return adapter.validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]

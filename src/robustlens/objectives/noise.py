@@ -17,7 +17,7 @@ class Noise:
     """min_θ mean E_η CE(f_θ(clip(x + η)), y), η uniform in the threat's ball, fresh at every step."""
 
     name: ClassVar[str] = "noise"
-    reference: ClassVar[str] = "Yamada et al. 2021, arXiv 2102.02950, §5 and Tables 2, 4"
+    reference: ClassVar[str] = "Yamada et al. 2021, arXiv 2102.02950, Theorem 2, Tables 2 and 4"
 
     threat: Threat
     label_smoothing: float = 0.0

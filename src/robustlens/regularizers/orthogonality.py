@@ -20,7 +20,7 @@ class Orthogonality:
     """
 
     name: ClassVar[str] = "orthogonality"
-    reference: ClassVar[str] = "Wu & Yu 2019, arXiv 1907.11780, eq. 13 (LCR)"
+    reference: ClassVar[str] = "Wu & Yu 2019, arXiv 1907.11780, eq. 15, third term (alone: LCR)"
 
     beta: float = 1e-3
 

@@ -21,7 +21,7 @@ class InputError(RobustlensError, ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, expected: str, got: str, fix: str) -> None:
-        super().__init__(f"{what}: expected {expected}, got {got}. {fix}")
+        super().__init__(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split()))
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
 
 

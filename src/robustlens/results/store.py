@@ -124,7 +124,7 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         try:
             return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"run directory {self.path}",
                 expected="a metrics.jsonl with one JSON object per line",
@@ -194,17 +194,17 @@ def read_reading(path: Path) -> Reading:
             panels=tuple(panels),
             settings=record["settings"],
         )
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, pa.ArrowException) as error:
         raise InputError(
             f"reading {path}",
             expected="a reading.json and its parquet files",
-            got=str(error),
+            got=f"{type(error).__name__}: {error}"[:200],
             fix="Delete that directory; the study makes it again.",
         ) from error
 
 
 def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
-    """The finished runs at or below ``places``; raises InputError where there are none."""
+    """The runs at or below ``places``, each once; raises InputError where there are none."""
     found: list[RunDirectory] = []
     for place in map(Path, places):
         files = [place / "run.json"] if (place / "run.json").is_file() else sorted(place.glob("**/run.json"))
@@ -216,4 +216,4 @@ def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
                 fix="Run `robustlens study FILE` or `robustlens demo` first.",
             )
         found += [RunDirectory(file.parent) for file in files]
-    return found
+    return list({run.path.resolve(): run for run in found}.values())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def audit(
         threat: what robustness is measured against, such as "linf:8/255".
         lenses: names or settings of lenses.
         label: names the model in tables and charts.
-        out: where the run directory is made; it is addressed by weights, data, threat and seed.
+        out: where the run directory is made; it is addressed by the network (its layers, weights and answers to some
+            test images), data, threat and seed.
 
     Raises:
         InputError: images outside [0, 1], a model of other shape than the data, an unknown lens, …
@@ -59,16 +61,42 @@ def audit(
     threat = Lp.parse(threat) if isinstance(threat, str) else threat
     place = pick_device(device)
     splits = (data if isinstance(data, Splits) else from_arrays(test=data)).to(place)
+    with _modes_kept(model):
+        return _looked(model, splits, threat, chosen, label, Path(out), seed, place, watch)
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
+
+
+def _looked(
+    model: nn.Module,
+    splits: Splits,
+    threat: Lp,
+    chosen: Sequence[Lens],
+    label: str,
+    out: Path,
+    seed: int,
+    place: torch.device,
+    watch: StudyWatch,
+) -> RunDirectory:
     model = check_model(model.to(place), splits.shape, len(splits.classes)).eval()
     settings = {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "weights": fingerprint(model),
+        "behaviour": digest({"layers": str(model), "answers": _hash(_answers(model, splits))}),
         "data": [getattr(splits, part).fingerprint() for part in ("train", "test")],
         "threat": str(threat),
         "seed": seed,
     }
     address = digest(settings)
-    directory = run_directory(Path(out), label, seed, address)
+    directory = run_directory(out, label, seed, address)
     with directory.lock():
         record = {"label": label, "study": "audit", "hash": address, "seed": seed, "config": settings}
         directory.write_json("run.json", {**record, "provenance": provenance(splits, place), "finished": True})
@@ -133,6 +161,13 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of the weights and buffers."""
     tensors: dict[str, Tensor] = model.state_dict()
     return digest({name: _hash(tensor) for name, tensor in tensors.items()})
+
+
+def _answers(model: nn.Module, splits: Splits) -> Tensor:
+    """Logits of the first test images: they change with the code of a network whose weights stay."""
+    with torch.no_grad():
+        logits: Tensor = model(splits.test.batch(torch.arange(min(16, len(splits.test)))).x)
+    return logits
 
 
 def _hash(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
+from robustlens.core.discovery import discover
 from robustlens.data.config import DataConfig
 from robustlens.results.errors import InputError, unknown_name
 from robustlens.train.config import Settings, TrainingConfig
@@ -97,6 +98,9 @@ def write_study(study: StudyConfig) -> str:
 
 S = TypeVar("S", bound=BaseModel)
 
+#: Settings that are one of several kinds, told apart by their name.
+CHOICES = ("optimizer", "schedule")
+
 
 def validated(cls: type[S], settings: Mapping[str, Any], what: str) -> S:
     """``settings`` as a ``cls``; raises InputError for the first thing that does not fit."""
@@ -104,13 +108,17 @@ def validated(cls: type[S], settings: Mapping[str, Any], what: str) -> S:
         return cls.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
+        loc = problem["loc"]  # pydantic puts the name of the one chosen behind a choice
+        where = ".".join(str(part) for k, part in enumerate(loc) if k == 0 or loc[k - 1] not in CHOICES)
         if problem["type"] == "extra_forbidden":
             place, _, field = where.rpartition(".")
             raise unknown_name(f"field of {place or what}", field, _fields(cls, problem["loc"][:-1])) from error
         got = "nothing" if problem["type"] == "missing" else repr(problem["input"])
+        expected = problem["msg"].removeprefix("Value error, ").lower()
+        if problem["type"] == "union_tag_not_found":
+            expected, where = "a name", f"{where}.name"
         raise InputError(
-            f"{what} {where}", expected=problem["msg"].lower(), got=got, fix=f"Set {where} to a fitting value."
+            f"{what} {where}", expected=expected, got=got, fix=f"Set {where} to a fitting value."
         ) from error
 
 
@@ -143,16 +151,17 @@ def _override(settings: dict[str, Any], text: str) -> None:
     *parents, last = path.strip().split(".")
     place: Any = settings
     for key in parents:
-        try:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        except (ValueError, IndexError) as error:
-            raise InputError("--set", expected="a position in the list", got=repr(key), fix="Count from 0.") from error
+        place = place[_position(place, key)] if isinstance(place, list) else place.setdefault(key, {})
         if not isinstance(place, (dict, list)):
             raise InputError("--set", expected=f"{key} to have fields", got=repr(place), fix="Check the path.")
-    if isinstance(place, list):
-        place[int(last)] = parsed
-    else:
-        place[last] = parsed
+    place[_position(place, last) if isinstance(place, list) else last] = parsed
+
+
+def _position(items: Sequence[Any], key: str) -> int:
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    expected = f"a position in the list, 0 to {len(items) - 1}"
+    raise InputError("--set", expected=expected, got=repr(key), fix="Count from 0.")
 
 
 def single_run(
@@ -160,6 +169,9 @@ def single_run(
 ) -> StudyConfig:
     """The study that trains one network: ``method`` is "standard", "noise", or an attack to train against."""
     objective: Plugin
+    known = {"standard", "noise", *discover("attack")}
+    if method not in known and ":" not in method:
+        raise unknown_name("method", method, known)
     if method == "standard":
         objective = method
     elif method == "noise":

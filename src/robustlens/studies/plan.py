@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from robustlens.attacks.pgd import PGD
 from robustlens.core import discovery
 from robustlens.core.types import Architecture, Attack, Lens
+from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest
 from robustlens.studies.config import MethodConfig, StudyConfig, validated
 from robustlens.threats.lp import Lp
@@ -57,11 +58,27 @@ def make_plan(study: StudyConfig) -> Plan:
     """
     threat = Lp.parse(study.threat)
     lenses = tuple(discovery.build("lens", lens) for lens in study.lenses)
-    validation = discovery.build(
-        "attack", {"name": PGD.name, "threat": str(threat), "early_stop": True, **(study.validation or {})}
-    )
+    chosen = {"name": PGD.name, "threat": str(threat), **(study.validation or {})}
+    if chosen["name"] == PGD.name:
+        chosen = {"early_stop": True, **chosen}
+    validation = discovery.build("attack", chosen)
     runs = tuple(_planned(study, method, seed, validation) for method in study.methods for seed in study.seeds)
+    _all_different(runs)
     return Plan(study, threat, runs, lenses)
+
+
+def _all_different(runs: Sequence[PlannedRun]) -> None:
+    """Two methods (or seeds) that are one and the same would share a run directory, and one label would vanish."""
+    first: dict[str, PlannedRun] = {}
+    for run in runs:
+        twin = first.setdefault(run.hash, run)
+        if twin is not run:
+            raise InputError(
+                "study methods",
+                expected="methods that differ in more than their label, and seeds that differ",
+                got=f"{twin.label!r} and {run.label!r} with the same settings and seed {run.seed}",
+                fix="Remove one of them.",
+            )
 
 
 def _planned(study: StudyConfig, method: MethodConfig, seed: int, validation: Attack) -> PlannedRun:

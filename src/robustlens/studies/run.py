@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import robustlens
-from robustlens.core.discovery import describe
+from robustlens.attacks.verify import evaluate
+from robustlens.core.discovery import build, describe
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Lens, Splits, Subject
+from robustlens.core.types import Augmentation, Batch, Lens, Splits, Subject
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.results.errors import InputError, RobustlensError
@@ -49,7 +50,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" computes nothing
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             "device", expected='"auto", "cpu" or a device that is here', got=repr(name), fix='Use "auto".'
@@ -73,8 +74,7 @@ def run_study(
     plan, place = make_plan(study), pick_device(device)
     splits = load(study.data).to(place)
     for run in plan.runs:
-        with torch.random.fork_rng():
-            check_model(run.model.build(splits.shape, len(splits.classes)).to(place), splits.shape, len(splits.classes))
+        rehearse(run, splits)
     directories = []
     each = 1 + len(plan.lenses)
     for number, run in enumerate(plan.runs):
@@ -91,15 +91,43 @@ def run_study(
     return directories
 
 
+def rehearse(run: PlannedRun, splits: Splits) -> None:
+    """One step and one validation on a few images with a network that is thrown away, before anything is written.
+
+    Raises:
+        InputError: network, augmentation, objective or validation do not fit the data or each other.
+    """
+    device = splits.test.labels.device
+    gen = generator(device, run.seed, "rehearsal")
+    with torch.random.fork_rng():
+        built = run.model.build(splits.shape, len(splits.classes)).to(device)
+        model = check_model(built, splits.shape, len(splits.classes)).train()
+        batch = splits.train.batch(torch.arange(min(4, len(splits.train))))
+        x = batch.x
+        for each in run.training.augment:
+            augmentation: Augmentation = build("augmentation", each)
+            x = augmentation.augment(x, gen=gen)
+        if tuple(x.shape[1:]) != splits.shape:
+            raise InputError(
+                "training images",
+                expected=f"channels × height × width {splits.shape} after augmentation, as the test images have",
+                got=str(tuple(x.shape[1:])),
+                fix="Change the size in training.augment, or data.train_size.",
+            )
+        batch = Batch(x, batch.y, batch.index)
+        run.recipe.update.backward(model, run.recipe.objective, run.recipe.regularizers, batch, gen=gen)
+        evaluate(run.validation, model, splits.valid.batch(torch.arange(min(4, len(splits.valid)))), gen=gen)
+
+
 def trained(run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan, watch: StudyWatch) -> nn.Module:
     """The network of ``run`` in eval mode, trained now or read from its directory."""
     device = splits.test.labels.device
     with torch.random.fork_rng():
         torch.manual_seed(derive(run.seed, "weights"))
         model = run.model.build(splits.shape, len(splits.classes)).to(device)
-    fingerprint = splits.train.fingerprint()
+    origin = provenance(splits, device)
     record = directory.read_json("run.json") if directory.exists else {}
-    if record and record["provenance"]["data"]["train"] != fingerprint:
+    if record and _data_of(record, directory) != origin["data"]:
         raise InputError(
             f"run directory {directory.path}",
             expected="the data that the run was trained on",
@@ -113,7 +141,7 @@ def trained(run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan
             "hash": run.hash,
             "seed": run.seed,
             "config": run.settings,
-            "provenance": provenance(splits, device),
+            "provenance": origin,
             "finished": False,
         }
         directory.write_json("run.json", {"label": run.label, **record})
@@ -135,6 +163,18 @@ def trained(run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan
     watch.done(run.label, "training", already=finished)
     load_weights(model, directory.path / f"{plan.study.weights}.safetensors")
     return model.eval()
+
+
+def _data_of(record: Any, directory: RunDirectory) -> Any:
+    try:
+        return record["provenance"]["data"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"run directory {directory.path}",
+            expected="a run.json that robustlens wrote",
+            got="another one",
+            fix="Delete that directory, or choose another one with --out.",
+        ) from error
 
 
 def examine(

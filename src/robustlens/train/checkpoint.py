@@ -16,6 +16,16 @@ from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import write_atomically
 
 
+def require_finite(model: nn.Module, when: str) -> None:
+    """Raise TrainingStopped, before any checkpoint is replaced, if a weight or buffer is not finite."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TrainingStopped(
+                f"Training stopped: the weights {name} are not finite after {when}. The last good checkpoint is "
+                "kept. Try a smaller learning rate, or training.grad_clip = 1.0."
+            )
+
+
 def save_weights(model: nn.Module, path: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write the model's weights and buffers, with ``facts`` as JSON in the header."""
     _write(path, model.state_dict(), facts or {})
@@ -29,18 +39,8 @@ def save_state(
     average: nn.Module | None,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write everything that a resumed run needs.
-
-    Raises:
-        TrainingStopped: a weight is not finite; the previous checkpoint stays.
-    """
+    """Write everything that a resumed run needs."""
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
-    broken = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if broken:
-        raise TrainingStopped(
-            f"Training stopped: the weights {broken[0].removeprefix('model/')} are no longer finite. The last good "
-            "checkpoint is kept. Try a smaller learning rate, or training.grad_clip = 1.0."
-        )
     numbers: dict[str, float] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():

@@ -3,53 +3,65 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 
 class Settings(BaseModel):
     """Frozen settings that refuse unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+#: Numbers as they are: neither true nor "3" is one.
+Whole = Annotated[int, Strict()]
+Real = Annotated[float, Strict()]
+Share = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class SGD(Settings):
     """Stochastic gradient descent with (Nesterov) momentum."""
 
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(0.05, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    lr: Real = Field(0.05, gt=0)
+    momentum: Real = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Real = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("a momentum > 0 with nesterov")
+        return self
 
 
 class Adam(Settings):
     """Adam; ``weight_decay`` is added to the gradient."""
 
     name: Literal["adam"] = "adam"
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: Real = Field(1e-3, gt=0)
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Real = Field(0.0, ge=0)
 
 
 class AdamW(Settings):
     """Adam with decoupled weight decay."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: Real = Field(1e-3, gt=0)
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Real = Field(0.01, ge=0)
 
 
 class RMSprop(Settings):
     """RMSprop."""
 
     name: Literal["rmsprop"] = "rmsprop"
-    lr: float = Field(1e-4, gt=0)
-    alpha: float = Field(0.99, gt=0, lt=1)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: Real = Field(1e-4, gt=0)
+    alpha: Real = Field(0.99, gt=0, lt=1)
+    momentum: Real = Field(0.0, ge=0, lt=1)
+    weight_decay: Real = Field(0.0, ge=0)
 
 
 class Constant(Settings):
@@ -65,8 +77,8 @@ class Step(Settings):
     """Multiply by ``gamma`` every ``every`` epochs."""
 
     name: Literal["step"] = "step"
-    every: int = Field(30, ge=1)
-    gamma: float = Field(0.1, gt=0)
+    every: Whole = Field(30, ge=1)
+    gamma: Real = Field(0.1, gt=0)
 
     def scale(self, progress: float, epochs: int) -> float:
         return self.gamma ** (int(progress) // self.every)
@@ -76,8 +88,8 @@ class MultiStep(Settings):
     """Multiply by ``gamma`` at each of the epochs ``milestones``."""
 
     name: Literal["multistep"] = "multistep"
-    milestones: tuple[float, ...]
-    gamma: float = Field(0.1, gt=0)
+    milestones: tuple[Real, ...]
+    gamma: Real = Field(0.1, gt=0)
 
     def scale(self, progress: float, epochs: int) -> float:
         return self.gamma ** sum(progress >= m for m in self.milestones)
@@ -87,7 +99,7 @@ class Cosine(Settings):
     """Half a cosine from 1 to 0, after ``warmup`` epochs of linear growth."""
 
     name: Literal["cosine"] = "cosine"
-    warmup: float = Field(0.0, ge=0)
+    warmup: Real = Field(0.0, ge=0)
 
     def scale(self, progress: float, epochs: int) -> float:
         if progress < self.warmup:
@@ -100,7 +112,7 @@ class OneCycle(Settings):
     """Linear from 0 up to 1 at ``peak`` (a share of all epochs) and down to 0 at the end."""
 
     name: Literal["one-cycle"] = "one-cycle"
-    peak: float = Field(0.4, gt=0, lt=1)
+    peak: Real = Field(0.4, gt=0, lt=1)
 
     def scale(self, progress: float, epochs: int) -> float:
         share = progress / epochs
@@ -115,8 +127,8 @@ class TrainingConfig(Settings):
     """One training run.
 
     Attributes:
-        epochs, batch_size: the last, smaller batch of an epoch is used too.
-        optimizer: sgd, adam, adamw or rmsprop with its own fields.
+        epochs, batch_size: the last, smaller batch of an epoch is used too, unless it is a single example.
+        optimizer: sgd, adam, adamw or rmsprop with its own fields; sgd where no name is given.
         schedule: of the learning rate, as a function of the (fractional) epoch.
         grad_clip: largest ℓ2 norm of the whole gradient; None leaves it alone.
         averaging: decay of an exponential moving average of the weights, which is then what is validated and kept.
@@ -126,13 +138,18 @@ class TrainingConfig(Settings):
         checkpoint_seconds: time between checkpoints inside an epoch; there is one at every epoch's end anyway.
     """
 
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(128, ge=1)
+    epochs: Whole = Field(10, ge=1)
+    batch_size: Whole = Field(128, ge=1)
     optimizer: Optimizer = SGD()
     schedule: Schedule = Constant()
-    grad_clip: float | None = Field(None, gt=0)
-    averaging: float | None = Field(None, gt=0, lt=1)
+    grad_clip: Real | None = Field(None, gt=0)
+    averaging: Real | None = Field(None, gt=0, lt=1)
     augment: tuple[str | dict[str, object], ...] = ()
-    validate_every: int = Field(1, ge=1)
-    validation_examples: int = Field(1000, ge=1)
-    checkpoint_seconds: float = Field(60.0, ge=0)
+    validate_every: Whole = Field(1, ge=1)
+    validation_examples: Whole = Field(1000, ge=1)
+    checkpoint_seconds: Real = Field(60.0, ge=0)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _sgd_where_unnamed(cls, value: Any) -> Any:
+        return {"name": "sgd", **value} if isinstance(value, dict) else value

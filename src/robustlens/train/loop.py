@@ -17,9 +17,9 @@ from robustlens.core import discovery
 from robustlens.core.modes import untouched
 from robustlens.core.rng import derive, generator
 from robustlens.core.types import Attack, Augmentation, Batch, Objective, Regularizer, Split, Splits, Update
-from robustlens.results.errors import TrainingStopped
+from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
-from robustlens.train.checkpoint import load_state, save_state, save_weights
+from robustlens.train.checkpoint import load_state, require_finite, save_state, save_weights
 from robustlens.train.config import SGD, Adam, AdamW, TrainingConfig
 from robustlens.updates.descend import Descend
 
@@ -87,7 +87,11 @@ def train(
 
     Raises:
         TrainingStopped: the loss or a weight is not finite; the last good checkpoint is kept.
+        InputError: no training or no validation examples, or a checkpoint of another architecture.
     """
+    for name, split in (("training", splits.train), ("validation", splits.valid)):
+        if not len(split):
+            raise InputError(f"{name} split", expected="examples", got="none", fix="Give training images.")
     return _Trainer(model, splits, recipe, config, seed, run, validation, watch or Silent()).run_all()
 
 
@@ -135,7 +139,7 @@ class _Trainer:
         now, size = self.now, self.config.batch_size
         gen = generator("cpu", self.seed, "order", now.epoch)
         parts = torch.split(torch.randperm(len(self.data.train), generator=gen), size)
-        if len(parts) > 1 and len(parts[-1]) == 1:  # BatchNorm has no variance over a single example
+        if len(parts) > 1 and len(parts[-1]) == 1 < size:  # BatchNorm has no variance over a single example
             parts = parts[:-1]
         total = len(parts) * self.config.epochs
         started = saved = time.monotonic()
@@ -183,6 +187,7 @@ class _Trainer:
 
     def _finish_epoch(self, seconds: float) -> None:
         now, config = self.now, self.config
+        require_finite(self.model, f"epoch {now.epoch + 1}, step {now.step}")
         record: dict[str, Any] = {
             "epoch": now.epoch + 1,
             "loss": now.loss_sum / now.seen,
@@ -211,6 +216,7 @@ class _Trainer:
         return validate(self.kept, split, self.validation, gen=gen, batch_size=max(self.config.batch_size, 250))
 
     def _save(self) -> None:
+        require_finite(self.model, f"epoch {self.now.epoch + 1}, step {self.now.step}")
         save_state(
             self.state_file,
             model=self.model,

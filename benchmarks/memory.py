@@ -1,0 +1,144 @@
+"""Peak memory of an adversarial training step, against that of a plain training step.
+
+CPU, two measures: "tensors" is the peak of the bytes that torch's allocator has handed out since the step began, as
+the profiler records every allocation and release (exact and repeatable, but blind to the workspaces of oneDNN);
+"resident" is the growth of the peak resident set of a fresh process over two steps (sees everything). The process
+maps each block above 64 KiB on its own, so that what is freed goes back to the system and the peak counts what is
+alive. CUDA: ``torch.cuda.max_memory_allocated``. All of them leave out what stays between steps (weights, data);
+momentum and gradients are in "resident" and, but for momentum, in the others.
+
+The peak does not depend on the number of PGD steps, each of which releases what the last one held: 3 are taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness import ROOT, Row
+from benchmarks.workload import Bench, Plan, Workload, short
+
+BAR = 1.20
+#: PGD steps of the measured training step.
+STEPS = 3
+
+
+def run(plan: Plan) -> list[Row]:
+    """One row per network, threat and measure."""
+    plan = dataclasses.replace(plan, steps=min(plan.steps, STEPS))
+    measures = {"tensors": by_allocator} if plan.device.type == "cuda" else {"tensors": traced, "resident": resident}
+    rows = []
+    for work in plan.workloads():
+        for measure, peak in measures.items():
+            plain = peak(work, plan, None)
+            for threat, title in short(work.threats):
+                found = peak(work, plan, threat)
+                measured = {"bytes": found, "plain_bytes": plain, "batch": work.batch, "steps": plan.steps}
+                ratio = found / plain
+                rows.append(
+                    Row(
+                        benchmark="memory",
+                        model=work.model,
+                        case=f"training step, PGD {title}, {measure}",
+                        ratio=ratio,
+                        low=ratio,
+                        high=ratio,
+                        n=1,
+                        bar=BAR,
+                        measured=measured,
+                        note=f"{found / 2**20:.1f} MiB, plain {plain / 2**20:.1f} MiB",
+                    )
+                )
+    return rows
+
+
+def one_step(bench: Bench, threat: str | None) -> None:
+    """A plain training step, or an adversarial one."""
+    bench.thaw()
+    if threat is None:
+        bench.plain_step()
+    else:
+        bench.adversarial_step(threat)
+
+
+def warmed_up(work: Workload, plan: Plan, threat: str | None) -> Bench:
+    """After one step, so that momentum and compiled kernels exist; without gradients, as a step begins."""
+    bench = Bench(work, plan)
+    one_step(bench, threat)
+    bench.optimizer.zero_grad(set_to_none=True)
+    return bench
+
+
+def by_allocator(work: Workload, plan: Plan, threat: str | None) -> int:
+    """CUDA: peak of allocated bytes during a step, above what was allocated before it."""
+    bench = warmed_up(work, plan, threat)
+    torch.cuda.synchronize(plan.device)
+    torch.cuda.reset_peak_memory_stats(plan.device)
+    before = torch.cuda.memory_allocated(plan.device)
+    one_step(bench, threat)
+    torch.cuda.synchronize(plan.device)
+    return torch.cuda.max_memory_allocated(plan.device) - before
+
+
+def traced(work: Workload, plan: Plan, threat: str | None) -> int:
+    """CPU: peak of the bytes in tensors during a step, above those before it, from the profiler's memory events."""
+    bench = warmed_up(work, plan, threat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's own, about cycles of a schedule that is not used
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            one_step(bench, threat)
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "trace.json")
+        record.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    return max(int(e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
+
+
+def resident(work: Workload, plan: Plan, threat: str | None) -> int:
+    """CPU: growth of the peak resident set of a fresh process over two steps."""
+    request = {
+        "work": dataclasses.asdict(work),
+        "threat": threat,
+        "steps": plan.steps,
+        "channels_last": plan.channels_last,
+        "threads": torch.get_num_threads(),
+    }
+    answer = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", json.dumps(request)],
+        cwd=ROOT,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(answer.stdout)
+
+
+def _child(request: str) -> None:
+    asked = json.loads(request)
+    torch.set_num_threads(asked["threads"])
+    work = Workload(**asked["work"] | {"shape": tuple(asked["work"]["shape"])})
+    bench = Bench(work, Plan(steps=asked["steps"], channels_last=asked["channels_last"]))
+    before = _peak_resident()
+    for _ in range(2):
+        one_step(bench, asked["threat"])
+    print(_peak_resident() - before)
+
+
+def _peak_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1])

@@ -1,0 +1,90 @@
+"""Every benchmark runs and says what it measured; no time is tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import __main__ as command
+from benchmarks import bf16, crafting, harness, memory, peers, step, variants
+from benchmarks.workload import Plan
+
+TINY = Plan(rounds=2, steps=2, epochs=1, seeds=1, examples=60, tiny=True)
+
+
+def check(rows: list[harness.Row], name: str, *, ratios: int) -> None:
+    assert all(row.benchmark == name for row in rows)
+    timed = [row for row in rows if row.ratio is not None]
+    assert len(timed) == ratios
+    for row in timed:
+        assert row.low is not None and row.high is not None
+        assert 0 < row.low <= row.ratio <= row.high
+        assert row.n >= 1 and row.model and row.case and row.measured
+    assert json.loads(json.dumps([dataclasses.asdict(row) for row in rows], allow_nan=False))
+
+
+@pytest.mark.parametrize(("benchmark_", "bar"), [(crafting, 1.05), (step, 1.10)])
+def test_times_against_a_floor(benchmark_, bar):
+    rows = benchmark_.run(TINY)
+    check(rows, benchmark_.__name__.rpartition(".")[2], ratios=4)
+    assert {row.bar for row in rows} == {bar}
+    assert {"seconds", "floor_seconds", "ratios", "batch", "steps", "shape"} <= rows[0].measured.keys()
+
+
+def test_bf16_says_what_it_costs_in_robustness():
+    *timed, accuracy = bf16.run(dataclasses.replace(TINY, models=("mnist-cnn",)))
+    check(timed, "bf16", ratios=2)
+    bar = 0.65 if harness.native_bf16(TINY.device) else None
+    assert all(row.bar == bar and (bar is not None or "emulated" in row.note) for row in timed)
+    assert accuracy.measured["wilson"].keys() == {"float32", "bf16-craft"}
+    assert accuracy.measured["examples"] == 60
+    assert {"difference", "difference_interval", "within_noise", "per_seed"} <= accuracy.measured.keys()
+
+
+def test_memory_counts_tensors_and_pages():
+    rows = memory.run(dataclasses.replace(TINY, models=("mnist-cnn",)))
+    check(rows, "memory", ratios=4)
+    assert {row.case.rpartition(" ")[2] for row in rows} == {"tensors", "resident"}
+    assert all(row.measured["bytes"] > 10_000 and row.bar == 1.2 for row in rows)
+
+
+def test_peers_are_optional(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", ("a_package_that_nobody_has",))
+    (row,) = peers.run(TINY)
+    assert "not installed" in row.note and row.ratio is None
+
+
+def test_variants():
+    rows = variants.run(dataclasses.replace(TINY, models=("resnet18",)))
+    check(rows, "variants", ratios=len(variants.CPU))
+    assert all(row.measured["tflops"] > 0 for row in rows)
+
+
+def test_the_command_keeps_the_numbers_with_their_machine(tmp_path, monkeypatch, capsys):
+    rows = [
+        harness.Row(benchmark="step", model="m", case="c", ratio=2.0, low=1.0, high=3.0, n=3, bar=1.1),
+        harness.Row(benchmark="step", model="m", case="d", note="not installed"),
+    ]
+    monkeypatch.setattr(step, "run", lambda plan: rows)
+    assert command.main(["step", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    assert "MISSED" in capsys.readouterr().out
+    record = json.loads((tmp_path / "step-cpu.json").read_text())
+    assert [row["met"] for row in record["rows"]] == [False, None]
+    assert {"cpu", "cpu_flags", "threads", "torch", "native_bf16", "commit"} <= record["facts"].keys()
+    assert "| m | c | 2.000 | 1.000 to 3.000 | ≤ 1.10 | MISSED |" in (tmp_path / "table.md").read_text()
+
+
+def test_rounds_are_interleaved_and_ratios_taken_inside_them():
+    calls: list[str] = []
+    cases = [harness.Case(name, lambda name=name: calls.append(name)) for name in "ab"]
+    seconds = harness.interleave(cases, rounds=2, device=TINY.device)
+    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert [len(values) for values in seconds.values()] == [2, 2]
+    found = harness.compare([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
+    assert (found["ratio"], found["low"], found["high"]) == (3.0, 2.0, 4.0)
