@@ -4,8 +4,9 @@ CPU, two measures: "tensors" is the peak of the bytes that torch's allocator has
 the profiler records every allocation and release (exact and repeatable, but blind to the workspaces of oneDNN);
 "resident" is the growth of the peak resident set of a fresh process over two steps (sees everything). The process
 maps each block above 64 KiB on its own, so that what is freed goes back to the system and the peak counts what is
-alive. CUDA: ``torch.cuda.max_memory_allocated``. All of them leave out what stays between steps (weights, data);
-momentum and gradients are in "resident" and, but for momentum, in the others.
+alive. CUDA: ``torch.cuda.max_memory_allocated``. Every measure leaves out
+the weights and the data and has the gradients in it; "resident", which starts before the first step, has the
+optimizer's momentum too.
 
 The peak does not depend on the number of PGD steps, each of which releases what the last one held: 3 are taken.
 """
@@ -36,7 +37,10 @@ STEPS = 3
 def run(plan: Plan) -> list[Row]:
     """One row per network, threat and measure."""
     plan = dataclasses.replace(plan, steps=min(plan.steps, STEPS))
-    measures = {"tensors": by_allocator} if plan.device.type == "cuda" else {"tensors": traced, "resident": resident}
+    if plan.device.type == "cuda":
+        measures = {"tensors": by_allocator}
+    else:  # what a tiny step needs is less than what importing torch needed for a moment
+        measures = {"tensors": traced} if plan.tiny else {"tensors": traced, "resident": resident}
     rows = []
     for work in plan.workloads():
         for measure, peak in measures.items():
@@ -136,6 +140,11 @@ def _child(request: str) -> None:
 
 
 def _peak_resident() -> int:
+    """Bytes. Linux: VmHWM, because getrusage's peak is inherited from the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -62,12 +62,8 @@ def run(plan: Plan) -> list[Row]:
     for work in plan.workloads():
         threat, title = short(work.threats)[0]
         base = Bench(work, replace(plan, channels_last=False))
-        with FlopCounterMode(display=False) as counter:
-            base.freeze()
-            base.craft_floor()
-            base.thaw()
-            base.plain_step()
-        cases, notes = [untensored(case) for case in base.floors()], {}
+        flops = step_flops(base)
+        cases, notes = [without_tf32(case) for case in base.floors()], {}
         for variant in variants:
             case = prepared(Bench(work, replace(plan, channels_last=variant.channels_last)), variant, threat)
             try:
@@ -85,7 +81,7 @@ def run(plan: Plan) -> list[Row]:
                 rows.append(Row(benchmark="variants", model=work.model, case=name, note=notes[variant.name]))
                 continue
             found = compare(seconds[variant.name], floor)
-            rate = counter.get_total_flops() / statistics.median(seconds[variant.name]) / 1e12
+            rate = flops / statistics.median(seconds[variant.name]) / 1e12
             found["measured"] |= {**base.describe(), "tflops": rate}
             note = f"{rate:.3g} TFLOP/s"
             rows.append(Row(benchmark="variants", model=work.model, case=name, note=note, **found))
@@ -93,7 +89,15 @@ def run(plan: Plan) -> list[Row]:
     return rows
 
 
-def untensored(case: Case) -> Case:
+def step_flops(bench: Bench) -> int:
+    """Of one training step: F for a forward pass, F for a backward pass to the input, 2 F for one to everything."""
+    bench.freeze()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        bench.model(bench.batch.x)
+    return (2 * bench.plan.steps + 3) * counter.get_total_flops()
+
+
+def without_tf32(case: Case) -> Case:
     """The same case with TF32 off."""
     return replace(case, before=lambda: (allow_tf32(False), case.before()))
 

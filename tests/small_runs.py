@@ -141,8 +141,12 @@ def run_and_die(case: str, place: Path, moment: str) -> None:
 def main(root: str, *chains: str) -> None:
     """For each ``case=moment,moment``, train in a child process that dies at each moment in turn."""
     torch.set_num_threads(1)
+    warm = torch.nn.Parameter(torch.zeros(1))
+    warm.grad = torch.zeros(1)
+    torch.optim.SGD([warm]).step()  # imports what the children would import one by one
     for chain in chains:
         case, _, moments = chain.partition("=")
+        (Path(root) / chain).mkdir()
         for moment in moments.split(","):
             child = os.fork()
             if child == 0:

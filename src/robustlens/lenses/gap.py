@@ -88,6 +88,9 @@ class GeneralisationGap:
             settings |= {"threat": str(attack.threat), "attack used": describe(attack)}
         train, test = subject.splits.train, subject.splits.test
         n = min(len(train), len(test), self.n_examples or max(len(train), len(test)))
+        if n == 0:
+            why = "A gap needs training images beside the test images; none were given."
+            return Reading(self.name, "No gap was measured.", Outcome.failed(why), settings=settings)
         try:
             measured = {
                 name: self._measure(subject, split, n, attack, gen)

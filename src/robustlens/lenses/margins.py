@@ -77,6 +77,8 @@ class LogitMargins:
         raw: dict[str, Floats] = {}
         free: dict[str, Floats] = {}
         for name, split in (("test", subject.splits.test), ("train", subject.splits.train)):
+            if len(split) == 0:
+                continue  # a network of somebody else's may come without its training images
             z, y = logits(subject, split, sample(split, self.n_examples), self.batch_size)
             if not bool(torch.isfinite(z).all()):
                 why = f"The model answers some {name} images with logits that are not finite numbers."

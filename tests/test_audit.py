@@ -1,0 +1,195 @@
+"""Looking at networks that somebody else trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SmallNet, gen
+from safetensors.torch import save_file
+from small_runs import fresh, linear_net, small_splits
+from torch import Tensor, nn
+
+from robustlens.results.errors import InputError
+from robustlens.studies.audit import audit, fingerprint, open_model, open_splits
+
+MARGINS = [{"name": "logit-margins", "bins": 5}]
+
+
+@pytest.fixture
+def data() -> tuple[Any, Any]:
+    split = small_splits().test
+    return split.images.numpy(), split.labels.numpy()
+
+
+def look(model: nn.Module, data: Any, out: Path, **options: Any) -> Any:
+    return audit(model, data, **{"threat": "linf:0.1", "out": out, "device": "cpu", "lenses": MARGINS, **options})
+
+
+def test_accuracy_of_an_audited_network_against_the_closed_form(tmp_path: Path) -> None:
+    """For two classes and a linear network: robust where the margin exceeds eps · ‖w_1 − w_0‖₁ (box inactive)."""
+    model = fresh(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))
+    x = torch.rand(100, 1, 8, 8, generator=gen(2)) * 0.4 + 0.3
+    with torch.no_grad():
+        z = model(x)
+        w = model[1].weight[1] - model[1].weight[0]
+    y = torch.where(torch.rand(100, generator=gen(4)) < 0.9, z.argmax(1), 1 - z.argmax(1))
+    margin = (z[:, 1] - z[:, 0]) * (2 * y - 1)
+    eps = round(float(margin.abs().quantile(0.4) / w.abs().sum()), 4)
+    lens = {"name": "accuracy", "pictures": 0, "attack": {"name": "pgd", "threat": f"linf:{eps}", "steps": 5}}
+    run = audit(model, (x, y), threat=f"linf:{eps}", lenses=[lens], out=tmp_path, device="cpu")
+    (reading,) = run.readings()
+    assert reading["clean accuracy"].value == pytest.approx(int((margin > 0).sum()) / 100)
+    assert reading["robust accuracy"].value == pytest.approx(int((margin > eps * w.abs().sum()).sum()) / 100)
+
+
+def test_default_lenses_look_at_test_images_alone(data: Any, tmp_path: Path) -> None:
+    run = audit(fresh(linear_net), data, threat="l2:0.5", out=tmp_path, device="cpu")
+    readings = {reading.lens: reading for reading in run.readings()}
+    assert set(readings) == {"accuracy", "generalisation-gap", "logit-margins", "layer-spectra"}
+    assert readings["accuracy"].outcome.status in ("ok", "unreliable")
+    assert readings["layer-spectra"].outcome.status == "ok"
+    assert readings["generalisation-gap"].outcome.status == "failed", "there are no training images to compare with"
+    assert "\n" not in readings["generalisation-gap"].outcome.why
+    assert run.read_json("run.json")["finished"] is True
+
+
+def test_the_network_is_left_as_it_was(data: Any, tmp_path: Path) -> None:
+    model = fresh()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    look(model, data, tmp_path)
+    with pytest.raises(InputError):
+        look(model, (data[0], data[1] + 1), tmp_path)
+    assert model.training and model.drop.training and not model.norm.training
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.get_rng_state().equal(random)
+
+
+class Scaled(nn.Module):
+    """A network whose code has a constant that no weight shows."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 4)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x.flatten(1) * self.factor)
+        return logits
+
+
+def test_an_address_names_network_data_and_threat(data: Any, tmp_path: Path) -> None:
+    base = look(fresh(linear_net), data, tmp_path)
+    written = (base.path / "run.json").read_bytes()
+    file = next(base.path.glob("readings/*/reading.json"))
+    time = file.stat().st_mtime_ns
+    again = look(fresh(linear_net), (torch.tensor(data[0]), data[1].astype(np.int32)), tmp_path, label="model")
+    assert again.path == base.path and file.stat().st_mtime_ns == time and len(written) > 100
+    other = fresh(linear_net)
+    with torch.no_grad():
+        other[1].weight[0, 0] += 1e-4
+    flipped = (data[0], (data[1] + 1) % 4)
+    relu = nn.Sequential(*fresh(linear_net), nn.Identity())
+    different = [
+        look(other, data, tmp_path),
+        look(fresh(linear_net), flipped, tmp_path),
+        look(fresh(linear_net), data, tmp_path, threat="linf:0.2"),
+        look(fresh(linear_net), data, tmp_path, seed=1),
+        look(relu, data, tmp_path),
+        look(fresh(lambda: Scaled(1.0)), data, tmp_path),
+        look(fresh(lambda: Scaled(2.0)), data, tmp_path),
+    ]
+    assert len({run.path for run in [base, *different]}) == 8
+
+
+def test_fingerprints_of_every_kind_of_tensor() -> None:
+    class Odd(nn.Module):
+        def __init__(self, *, flag: bool = True) -> None:
+            super().__init__()
+            self.half = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+            self.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+            self.register_buffer("flag", torch.tensor(flag))
+            self.register_buffer("count", torch.tensor(3))
+            self.register_buffer("empty", torch.zeros(0, 3))
+
+    assert fingerprint(Odd()) == fingerprint(Odd()) != fingerprint(Odd(flag=False))
+    assert fingerprint(fresh()) == fingerprint(fresh()) != fingerprint(fresh(seed=6))
+
+
+def outputs(count: int, channels: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 2, 3), nn.Flatten(), nn.Linear(72, count))
+
+
+def bad_pixels(value: float) -> Any:
+    x = small_splits().test.images.clone()
+    x[3, 0, 2, 2] = value
+    return x, small_splits().test.labels
+
+
+X, Y = small_splits().test.images, small_splits().test.labels
+BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
+    (outputs(5), (X, Y), {}, "model: expected 4 logits an image"),
+    (outputs(4, 3), (X, Y), {}, r"forward pass on images of shape \(4, 1, 8, 8\)"),
+    (nn.Sequential(outputs(4), nn.Softmax(1)), (X, Y), {}, "looks like probabilities"),
+    (outputs(4), bad_pixels(1.5), {}, r"pixels in \[0, 1\], got values from .* to 1.5"),
+    (outputs(4), bad_pixels(-0.5), {}, "They look normalised"),
+    (outputs(4), bad_pixels(float("nan")), {}, "NaN or infinity in image 3"),
+    (outputs(4), (255 * X, Y), {}, "They look like 0–255"),
+    (outputs(4), (X, Y - 1), {}, "labels from 0 to K-1, got values from -1"),
+    (outputs(4), (X, Y + 0.5), {}, "whole numbers"),
+    (outputs(4), (X, Y[:-1]), {}, "16 labels, one for each image, got 15"),
+    (outputs(4), (X[:0], Y[:0]), {}, "at least one image"),
+    (outputs(4), (X.expand(-1, 2, -1, -1), Y), {}, "1 or 3 channels"),
+    (outputs(4), (X, Y), {"threat": "linf:8"}, 'write "linf:8/255"'),
+    (outputs(4), (X, Y), {"threat": "linf:-0.1"}, "a finite number ≥ 0"),
+    (outputs(4), (X, Y), {"lenses": ["acuracy"]}, "Did you mean 'accuracy'"),
+    (outputs(4), (X, Y), {"device": "gpu"}, "device: expected"),
+    (outputs(4), (X, Y), {"device": "meta"}, "device: expected"),
+]
+
+
+@pytest.mark.parametrize(("model", "data", "options", "words"), BAD, ids=[words for *_, words in BAD])
+def test_what_cannot_be_audited_is_one_line_and_no_file(
+    model: Any, data: Any, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        look(model, data, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+NET = """
+import torch
+from conftest import SmallNet
+
+def build():
+    return SmallNet(10)
+"""
+
+
+def test_a_network_by_its_name_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audited_net.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    trained = fresh(lambda: SmallNet(10)).eval()
+    weights = tmp_path / "w.safetensors"
+    save_file(trained.state_dict(), weights)
+    splits = open_splits("digits", examples=12)
+    assert (len(splits.train), len(splits.valid), len(splits.test)) == (12, 12, 12)
+    x = splits.test.batch(torch.arange(12)).x
+    with torch.no_grad():
+        opened = open_model("audited_net:build", splits, weights=weights).eval()
+        assert opened(x).equal(trained(x))
+        normal = open_model("audited_net:build", splits, weights=weights, mean="0.5", std="0.25").eval()
+        torch.testing.assert_close(normal(x), trained((x - 0.5) / 0.25))
+    with pytest.raises(InputError, match="expected its weights, got none"):
+        open_model("mlp", splits)
+    with pytest.raises(InputError, match="checkpoint of another architecture"):
+        open_model("mlp", splits, weights=weights)
+    with pytest.raises(InputError, match="--mean: expected numbers with commas between, got 'a,b'"):
+        open_model("audited_net:build", splits, weights=weights, mean="a,b", std="1,1")

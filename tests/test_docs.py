@@ -1,0 +1,62 @@
+"""The documentation's commands and code, executed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from robustlens.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
+
+
+def test_the_study_in_the_readme_is_the_file() -> None:
+    (text,) = blocks("README.md", "toml")
+    assert tomllib.loads(text) == tomllib.loads((ROOT / "docs/study.toml").read_text())
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/write-a-plugin.md"])
+def test_python_examples_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    study = (tmp_path / "docs/study.toml").read_text().replace("epochs = 5", "epochs = 1").replace("[0, 1]", "[0]")
+    (tmp_path / "docs/study.toml").write_text(f"{study}\n[[lenses]]\nname = 'logit-margins'\n")
+    names: dict[str, object] = {"__name__": "example"}
+    found = blocks(file, "python")
+    assert found
+    for code in found:
+        exec(compile(code, file, "exec", dont_inherit=True), names)
+
+
+def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    commands = [
+        shlex.split(line) for block in blocks("README.md", "sh") for line in block.splitlines() if "docs/study" in line
+    ]
+    commands += [["robustlens", "report", "runs/lipschitz", "--figures", "figures", "--format", "svg"]]
+    commands += [["robustlens", "list", "lens"]]
+    for command in commands:
+        quick = ("seeds=[0]", "training.epochs=1", 'lenses=["logit-margins"]') if command[1] == "study" else ()
+        extra = [word for setting in quick for word in ("--set", setting)]
+        result = CliRunner().invoke(app, command[1:] + extra)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "runs/lipschitz/report.html").is_file()
+    assert list((tmp_path / "figures").glob("*.svg"))
+
+
+def test_every_link_in_the_docs_leads_somewhere() -> None:
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
+            if not target.startswith("http"):
+                assert (file.parent / target).exists(), f"{file.name}: {target}"
