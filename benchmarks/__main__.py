@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import importlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -31,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=asked.rounds or (3 if asked.quick else 7),
         models=tuple(asked.models.split(",")),
         channels_last=asked.channels_last,
-        **({"epochs": 2, "seeds": 1, "examples": 500} if asked.quick else {}),
+        **({"epochs": 5, "seeds": 1} if asked.quick else {}),
     )
     console = Console()
     out = Path(asked.out) if asked.out else None if asked.quick else ROOT / "benchmarks" / "results"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line at its start and end
     allow_tf32(False)  # float32 means float32, on GPUs too
     machine = facts(plan.device)
     console.print(describe(machine))

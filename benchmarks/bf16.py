@@ -28,8 +28,9 @@ from robustlens.train.loop import Recipe, train
 
 BAR = 0.65
 NETWORK = "lenet-small"
-#: Of the trainings whose robust accuracies are compared.
-THREAT = Lp("linf", 0.2)
+#: Of the trainings whose robust accuracies are compared. At ε = 0.2 this network stays at chance within 20 epochs,
+#: where any two precisions agree; at 0.1 it learns.
+THREAT = Lp("linf", 0.1)
 
 
 def run(plan: Plan) -> list[Row]:
@@ -64,7 +65,8 @@ def accuracies(plan: Plan) -> Row:
     """Robust accuracy on the test digits after training with each precision from the same seeds.
 
     Both are evaluated in float32 by a longer attack. The difference is within noise when the Wilson intervals of
-    the pooled shares overlap; the bootstrap interval of the paired difference is given beside it.
+    the pooled shares overlap; the bootstrap interval of the paired difference is given beside it. There is no verdict
+    (``within_noise`` is None) unless float32 learned something: its interval must lie above twice chance.
     """
     splits = load(DataConfig(source="mnist5k", train=plan.examples, test=plan.examples)).to(plan.device)
     robust = {
@@ -75,7 +77,9 @@ def accuracies(plan: Plan) -> Row:
     intervals = {name: wilson(int(right.sum()), len(right)) for name, right in pooled.items()}
     exact, half = intervals["float32"], intervals["bf16-craft"]
     change = pooled["bf16-craft"].astype(float) - pooled["float32"]
-    within = bool(exact[0] <= half[1] and half[0] <= exact[1])
+    learned = exact[0] > 2 / len(splits.classes)
+    within = exact[0] <= half[1] and half[0] <= exact[1] if learned else None
+    verdict = {True: "within noise", False: "NOT within noise", None: "no verdict, float32 did not learn"}[within]
     shares = {name: float(right.mean()) for name, right in pooled.items()}
     told = ", ".join(f"{name} {shares[name]:.1%} [{low:.1%}, {high:.1%}]" for name, (low, high) in intervals.items())
     return Row(
@@ -93,7 +97,7 @@ def accuracies(plan: Plan) -> Row:
             "seeds": plan.seeds,
             "epochs": plan.epochs,
         },
-        note=f"{told}, n = {len(change)}: {'within' if within else 'NOT within'} noise",
+        note=f"{told}, n = {len(change)}: {verdict}",
     )
 
 

@@ -1,12 +1,11 @@
 """Peak memory of an adversarial training step, against that of a plain training step.
 
-CPU, two measures: "tensors" is the peak of the bytes that torch's allocator has handed out since the step began, as
-the profiler records every allocation and release (exact and repeatable, but blind to the workspaces of oneDNN);
-"resident" is the growth of the peak resident set of a fresh process over two steps (sees everything). The process
-maps each block above 64 KiB on its own, so that what is freed goes back to the system and the peak counts what is
-alive. CUDA: ``torch.cuda.max_memory_allocated``. Every measure leaves out
-the weights and the data and has the gradients in it; "resident", which starts before the first step, has the
-optimizer's momentum too.
+CPU, two measures. "tensors": the peak of the bytes that torch's allocator hands out in a step, from the profiler's
+record of every allocation and release; exact and repeatable, but blind to the workspaces of oneDNN. "resident": the
+growth of the peak resident set of a fresh process over two steps, which sees everything; that process maps each block
+above 64 KiB on its own, so that what is freed goes back to the system and the peak counts what is alive. CUDA:
+``torch.cuda.max_memory_allocated``. Every measure leaves out the weights and the data and has the gradients in it;
+"resident", which starts before the first step, has the optimizer's momentum too.
 
 The peak does not depend on the number of PGD steps, each of which releases what the last one held: 3 are taken.
 """
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -105,7 +105,25 @@ def traced(work: Workload, plan: Plan, threat: str | None) -> int:
         file = Path(place, "trace.json")
         record.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    return max(int(e["args"]["Total Allocated"]) for e in events if e.get("name") == "[memory]")
+    return peak_alive([(e["ts"], e["args"]["Addr"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"])
+
+
+def peak_alive(events: Sequence[tuple[float, int, int]]) -> int:
+    """Most bytes alive at once, of events (time, address, bytes; a release has bytes < 0).
+
+    Counted here because the profiler's own total still holds the blocks that earlier recordings left alive. Releases
+    of blocks that are older than the recording do not count.
+    """
+    alive: dict[int, int] = {}
+    now = peak = 0
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        if size > 0:
+            alive[address] = size
+            now += size
+            peak = max(peak, now)
+        else:
+            now -= alive.pop(address, 0)
+    return peak
 
 
 def resident(work: Workload, plan: Plan, threat: str | None) -> int:

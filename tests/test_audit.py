@@ -112,7 +112,7 @@ def test_fingerprints_of_every_kind_of_tensor() -> None:
     class Odd(nn.Module):
         def __init__(self, *, flag: bool = True) -> None:
             super().__init__()
-            self.half = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+            self.short = nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
             self.turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
             self.register_buffer("flag", torch.tensor(flag))
             self.register_buffer("count", torch.tensor(3))

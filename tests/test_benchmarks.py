@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,10 +49,27 @@ def test_bf16_says_what_it_costs_in_robustness():
     assert {"difference", "difference_interval", "within_noise", "per_seed"} <= accuracy.measured.keys()
 
 
+@pytest.mark.parametrize(
+    ("float32", "half", "within"), [(0.9, 0.9, True), (0.9, 0.5, False), (0.1, 0.1, None), (0.0, 0.0, None)]
+)
+def test_two_networks_that_learned_nothing_are_not_alike(monkeypatch, float32, half, within):
+    share = {"float32": float32, "bf16-craft": half}
+    monkeypatch.setattr(
+        bf16, "robust_examples", lambda plan, splits, precision, seed: np.arange(100) < 100 * share[precision]
+    )
+    assert bf16.accuracies(TINY).measured["within_noise"] is within
+
+
 def test_memory_of_a_step():
     rows = memory.run(TINY)
     check(rows, "memory", ratios=4)
     assert all(row.measured["bytes"] > 10_000 and row.bar == 1.2 for row in rows)
+
+
+def test_memory_does_not_remember_earlier_recordings():
+    work = TINY.workloads()[0]
+    assert memory.traced(work, TINY, None) == memory.traced(work, TINY, None)
+    assert memory.peak_alive([(3, 2, 50), (1, 1, 100), (2, 1, -100), (4, 9, -7), (5, 1, 60)]) == 110
 
 
 def test_memory_seen_from_outside_holds_the_tensors():

@@ -130,7 +130,9 @@ def test_changes_that_train_nothing(done: tuple[Path, list[RunDirectory]]) -> No
     lenses = [{"name": "logit-margins", "bins": 5}, f"{__name__}:Draws", f"{__name__}:Fails"]
     methods = [{"label": "renamed"}, settings()["methods"][1]]
     _, log = carry_out(out, lenses=lenses, methods=methods)
-    assert log.new == [f"{label}: {lens}" for label in ("renamed", "fast ℓ∞") for _ in "01" for lens in ("draws", "fails")]
+    assert log.new == [
+        f"{label}: {lens}" for label in ("renamed", "fast ℓ∞") for _ in "01" for lens in ("draws", "fails")
+    ]
     after = times(out)
     changed = {file for file in before if after[file] != before[file]}
     assert changed == {str(run.path.relative_to(out) / "run.json") for run in runs[:2]}, "only their labels"
@@ -208,29 +210,38 @@ def hashes(**changes: Any) -> list[str]:
     return [run.hash for run in make_plan(make_study(settings(**changes))).runs]
 
 
-CHANGES: dict[str, Any] = {
-    "data": {"source": "digits", "train": 61, "valid": 20, "test": 30},
-    "model": {"name": "mlp", "hidden": 9},
-    "epochs": {"training": {"epochs": 3, "batch_size": 20}},
-    "rate": {"training": {"epochs": 2, "batch_size": 20, "optimizer": {"lr": 0.04}}},
-    "validation": {"name": "fgsm", "threat": "linf:0.2"},
-    "seeds": [2, 3],
-    "threat": "linf:0.2",
-    "update": {"methods": [{"label": "a", "regularizers": ["orthogonality"]}, {"label": "b"}]},
-    "smoothing": {"methods": [{"label": "a", "objective": {"name": "standard", "label_smoothing": 0.1}}]},
-}
+PLAIN = {"label": "a"}
+CHANGES: list[dict[str, Any]] = [
+    {"data": {"source": "digits", "train": 61, "valid": 20, "test": 30}},
+    {"data": {"source": "digits", "train": 60, "valid": 20, "test": 30, "classes": [1, 2]}},
+    {"model": {"name": "mlp", "hidden": 9}},
+    {"model": "lenet-small"},
+    {"training": {"epochs": 3, "batch_size": 20}},
+    {"training": {"epochs": 2, "batch_size": 20, "optimizer": {"lr": 0.04}}},
+    {"training": {"epochs": 2, "batch_size": 20, "augment": ["flip"]}},
+    {"validation": {"name": "fgsm", "threat": "linf:0.3"}},
+    {"threat": "linf:0.2"},  # that of the validation
+    {"seeds": [2, 3]},
+    {"methods": [{"label": "a", "objective": {"name": "standard", "label_smoothing": 0.1}}]},
+    {"methods": [{**PLAIN, "regularizers": ["orthogonality"]}]},
+    {"methods": [{**PLAIN, "training": {"epochs": 4}}]},
+    {"methods": [{**PLAIN, "objective": {"name": "adversarial", "attack": {"name": "pgd", "threat": "linf:0.1"}}}]},
+]
 
 
 def test_addresses_tell_runs_apart() -> None:
-    base = hashes()
-    seen = set(base)
+    seen = set(hashes())
     assert len(seen) == 4
-    for name, change in CHANGES.items():
-        new = hashes(**change) if name in ("epochs", "rate", "smoothing") else hashes(**{name: change})
-        if name == "update":
-            continue
-        assert not set(new) & seen, name
-        seen |= set(new)
+    for change in CHANGES:
+        new = set(hashes(**change))
+        assert new and not new & seen, change
+        seen |= new
+
+
+def test_runs_that_are_one_and_the_same_are_refused() -> None:
+    for change in ({"methods": [{"label": "a"}, {"label": "b", "objective": "standard"}]}, {"seeds": [1, 1]}):
+        with pytest.raises(InputError, match="differ in more than their label"):
+            hashes(**change)
 
 
 def test_addresses_ignore_what_changes_no_weights() -> None:
@@ -244,11 +255,14 @@ def test_addresses_ignore_what_changes_no_weights() -> None:
 
 def test_addresses_are_those_of_another_process() -> None:
     code = (
-        "import json, sys; from robustlens.studies.config import make_study; from robustlens.studies.plan import make_plan;"
+        "import json, sys\nfrom robustlens.studies.config import make_study\n"
+        "from robustlens.studies.plan import make_plan\n"
         "print(json.dumps([r.hash for r in make_plan(make_study(json.loads(sys.argv[1]))).runs]))"
     )
     backwards = dict(reversed(settings().items()))
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(backwards)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(backwards)], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == hashes()
 
 
@@ -303,12 +317,14 @@ def test_toml_round_trip_and_overrides(tmp_path: Path) -> None:
 
 def test_single_runs() -> None:
     def objective(method: str) -> Any:
-        return single_run(data="digits", model="mlp", method=method, threat="l2:1", epochs=1, seed=0).methods[0].objective
+        return (
+            single_run(data="digits", model="mlp", method=method, threat="l2:1", epochs=1, seed=0).methods[0].objective
+        )
 
     assert objective("standard") == "standard"
     assert objective("noise") == {"name": "noise", "threat": "l2:1"}
     assert objective("fgsm") == {"name": "adversarial", "attack": {"name": "fgsm", "threat": "l2:1"}}
-    with pytest.raises(InputError, match="method: expected one of .*standard.* Did you mean 'standard'"):
+    with pytest.raises(InputError, match=r"method: expected one of .*standard.* Did you mean 'standard'"):
         objective("standart")
 
 

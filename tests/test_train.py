@@ -260,6 +260,8 @@ def test_records_are_means_over_the_examples(tmp_path: Path) -> None:
         logits = model(splits.train.images)
     assert records[0]["loss"] == pytest.approx(float(F.cross_entropy(logits, splits.train.labels)), rel=1e-6)
     assert records[0]["accuracy"] == int((logits.argmax(1) == splits.train.labels).sum()) / 44
+    with safe_open(tmp_path / "best.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["facts"])["epoch"] == 1, "of equals the first is kept"
 
 
 class Sizes(nn.Module):

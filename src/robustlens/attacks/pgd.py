@@ -136,7 +136,8 @@ class PGD:
                     if len(alive) == 0:
                         return result
             with torch.no_grad():
-                point = threat.project(point + alpha * threat.ascend(grad, floor=self.grad_floor), x)
+                direction = threat.ascend(grad, floor=self.grad_floor)
+                point = threat.project(torch.add(point, direction, alpha=alpha), x)
         if self.early_stop:
             result[alive] = point
             return result

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from robustlens.core.types import Architecture, Attack, Augmentation, Lens, Objective, Regularizer, Threat, Update
-from robustlens.results.errors import InputError, unknown_name
+from robustlens.results.errors import InputError, unknown_name, wanted
 
 #: Package of each kind of plug-in, and the protocol its members follow.
 KINDS: dict[str, tuple[str, type]] = {
@@ -134,7 +134,7 @@ def _validated(what: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         raise InputError(
-            what, expected=problem["msg"], got=repr(value), fix="Correct the value; see `robustlens list`."
+            what, expected=wanted(problem["msg"]), got=repr(value), fix="Correct the value; see `robustlens list`."
         ) from error
 
 

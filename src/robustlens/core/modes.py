@@ -26,6 +26,7 @@ def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
     moving = mode == "train"
     buffers = [(b, b.clone()) for b in model.buffers()] if moving else []
     random = torch.get_rng_state()
+    random_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         if moving != model.training or any(was != moving for _, was in modes):
             model.train(moving)
@@ -42,6 +43,8 @@ def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
             for buffer, before in buffers:
                 buffer.copy_(before)
         torch.set_rng_state(random)
+        if random_cuda:
+            torch.cuda.set_rng_state_all(random_cuda)
 
 
 @contextmanager

@@ -39,3 +39,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     fix = f"Did you mean {near[0]!r}?" if near else "See `robustlens list`."
     return InputError(kind, expected=f"one of {', '.join(names)}", got=repr(name), fix=fix)
+
+
+def wanted(problem: str) -> str:
+    """What a message of pydantic ("Input should be a valid integer") says that was expected ("a valid integer")."""
+    for opening in ("Value error, ", "Input should be ", "Input should ", "Input "):
+        problem = problem.removeprefix(opening)
+    return "a value" if problem == "Field required" else problem[:1].lower() + problem[1:]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from robustlens.core.discovery import discover
 from robustlens.data.config import DataConfig
-from robustlens.results.errors import InputError, unknown_name
+from robustlens.results.errors import InputError, unknown_name, wanted
 from robustlens.train.config import Settings, TrainingConfig
 
 Plugin = str | dict[str, Any]
@@ -107,14 +107,15 @@ def validated(cls: type[S], settings: Mapping[str, Any], what: str) -> S:
     try:
         return cls.model_validate(settings)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A misspelt key comes first: where it is a required one, it is missed as well.
+        problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         loc = problem["loc"]  # pydantic puts the name of the one chosen behind a choice
         where = ".".join(str(part) for k, part in enumerate(loc) if k == 0 or loc[k - 1] not in CHOICES)
         if problem["type"] == "extra_forbidden":
             place, _, field = where.rpartition(".")
             raise unknown_name(f"field of {place or what}", field, _fields(cls, problem["loc"][:-1])) from error
         got = "nothing" if problem["type"] == "missing" else repr(problem["input"])
-        expected = problem["msg"].removeprefix("Value error, ").lower()
+        expected = wanted(problem["msg"])
         if problem["type"] == "union_tag_not_found":
             expected, where = "a name", f"{where}.name"
         raise InputError(
