@@ -170,6 +170,7 @@ def _say_page(path: Path) -> None:
 
 def main() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
+    sys.path.insert(0, "")  # as `python -m` does: mypkg.net:build is looked for in the working directory first
     try:
         code = app(standalone_mode=False) or 0
     except RobustlensError as error:

@@ -35,4 +35,4 @@ class FGSM:
         with torch.enable_grad():
             loss = F.cross_entropy(model(point), y, reduction="sum")
         (grad,) = torch.autograd.grad(loss, point)
-        return self.threat.project(x + self.threat.eps * self.threat.ascend(grad), x)
+        return self.threat.project(torch.add(x, self.threat.ascend(grad), alpha=self.threat.eps), x)

@@ -117,8 +117,9 @@ def _coerce(hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    if any(option is Threat for option in options) and isinstance(value, str):
-        return importlib.import_module("robustlens.threats.lp").Lp.parse(value)
+    lp = importlib.import_module("robustlens.threats.lp").Lp
+    if any(option in (Threat, lp) for option in options) and isinstance(value, str):
+        return lp.parse(value)
     for kind, (_, protocol) in KINDS.items():
         if any(option is protocol for option in options) and isinstance(value, (str, Mapping)):
             return build(kind, value)

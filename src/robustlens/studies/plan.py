@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,9 @@ def _planned(study: StudyConfig, method: MethodConfig, seed: int, validation: At
         "validation": discovery.describe(validation),
         "seed": seed,
     }
+    weights = getattr(model, "weights", None)
+    if weights is not None and Path(weights).is_file():  # a path alone does not say which weights training starts from
+        settings["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
     return PlannedRun(method.label, seed, model, recipe, training, validation, settings)
 
 

@@ -195,7 +195,7 @@ def parse_radius(text: str) -> float:
     """Read "8/255" or "0.03"."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise InputError(
             "radius", expected='a number or a fraction such as "8/255"', got=repr(text), fix="Correct it."
         ) from error
