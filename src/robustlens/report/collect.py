@@ -161,18 +161,7 @@ def _read(directory: RunDirectory) -> Run:
             got=f"{type(error).__name__} ({error})",
             fix="Give the directory of a run that robustlens made, or run it again.",
         ) from error
-    try:
-        metrics = directory.metrics()
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"run directory {directory.path}",
-            expected="a metrics.jsonl with a JSON record a line",
-            got=str(error),
-            fix="Run it again; a finished epoch is not computed twice.",
-        ) from error
-    return Run(label, seed, study, address, config, provenance, metrics, directory.readings())
+    return Run(label, seed, study, address, config, provenance, directory.metrics(), directory.readings())
 
 
 def _line(run: Run, key: str, name: str) -> Series:
