@@ -21,6 +21,7 @@ from robustlens.core.types import Threat
 from robustlens.objectives.adversarial import Adversarial
 from robustlens.objectives.standard import Standard
 from robustlens.results.errors import InputError, unknown_name
+from robustlens.results.reading import Reading
 from robustlens.threats.lp import Lp
 
 
@@ -107,7 +108,7 @@ class Shout:
     threat: Threat | None = None
 
     def look(self, subject: Any, *, gen: Any) -> Any:
-        raise NotImplementedError
+        return Reading("shout", " ".join(self.words * self.times) + ".")
 
 
 class NotADataclass:

@@ -120,7 +120,13 @@ def test_ascend_sign_keeps_dead_pixels_still() -> None:
 
 @pytest.mark.parametrize(
     ("text", "norm", "eps"),
-    [("linf:8/255", "linf", 8 / 255), ("l2:1.5", "l2", 1.5), ("L1: 12", "l1", 12.0), ("l2:0", "l2", 0.0)],
+    [
+        ("linf:8/255", "linf", 8 / 255),
+        ("linf:25.5/255", "linf", 25.5 / 255),
+        ("l2:1.5", "l2", 1.5),
+        ("L1: 12", "l1", 12.0),
+        ("l2:0", "l2", 0.0),
+    ],
 )
 def test_parse(text: str, norm: str, eps: float) -> None:
     threat = Lp.parse(text)
@@ -133,12 +139,14 @@ def test_parse(text: str, norm: str, eps: float) -> None:
     [
         ("linf:8", "linf:8/255"),
         ("l2:-1", "≥ 0"),
-        ("l2:nan", "a number or a fraction"),
+        ("l2:nan", "a finite number"),
         ("l2:9999", "0–255"),
         ("lnf:0.1", "Did you mean 'linf'"),
         ("0.1", "such as"),
         ("l2:", "a number or a fraction"),
         ("l2:1/0", "a number or a fraction"),
+        ("l2:1/2/3", "a number or a fraction"),
+        ("l2:1e400", "a finite number"),
     ],
 )
 def test_bad_threats_say_what_to_do(text: str, expects: str) -> None:

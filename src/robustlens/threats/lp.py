@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal, Self
 
 import torch
@@ -192,10 +191,11 @@ class Lp:
 
 
 def parse_radius(text: str) -> float:
-    """Read "8/255" or "0.03"."""
+    """Read "8/255", "25.5/255" or "0.03"."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        return float(numerator) / (float(denominator) if slash else 1)
+    except (ValueError, ZeroDivisionError) as error:
         raise InputError(
             "radius", expected='a number or a fraction such as "8/255"', got=repr(text), fix="Correct it."
         ) from error
