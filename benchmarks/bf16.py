@@ -24,7 +24,8 @@ from robustlens.results.intervals import bootstrap_mean, wilson
 from robustlens.results.store import RunDirectory
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
-from robustlens.train.loop import Recipe, train
+from robustlens.train.loop import train
+from robustlens.train.recipe import Recipe
 
 BAR = 0.65
 NETWORK = "lenet-small"

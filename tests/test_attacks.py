@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from robustlens.attacks.fgsm import FGSM
 from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.losses import attack_loss
-from robustlens.attacks.pgd import PGD
+from robustlens.attacks.pgd import PGD, _wrong_class
 from robustlens.attacks.verify import craft, evaluate
 from robustlens.core.criterion import logit_margin
 from robustlens.core.types import Batch
@@ -221,3 +221,97 @@ def test_gradient_floor_freezes_a_saturated_attack(images: Tensor) -> None:
 def test_bad_settings(settings: dict[str, object], expects: str) -> None:
     with pytest.raises(InputError, match=expects):
         PGD(threat=Lp("l2", 1.0), **settings)
+
+
+def logit_gradient(name: str, z: Tensor, y: Tensor, beta: float = 1.0) -> Tensor:
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(attack_loss(name, z, y, inverse_temperature=beta).sum(), z)[0]
+
+
+def test_inverse_temperature_and_its_limits() -> None:
+    """Roth et al., A.3: s_β − e_y, which turns into e_max − e_y; its direction does not vanish where y is on top."""
+    rows = [[1.0, 0.95, -1.0, -2.0], [1.0, 0.95, -1.0, -2.0], [-1.0, 0.5, 2.0, 0.0]]
+    z, y = torch.tensor(rows, dtype=torch.float64), torch.tensor([0, 1, 3])
+    one_hot = F.one_hot(y, 4).double()
+    for beta in (0.1, 1.0, 7.0):
+        expected = beta * ((beta * z).softmax(1) - one_hot)
+        assert torch.allclose(logit_gradient("ce", z, y, beta), expected, atol=1e-14)
+    flip = F.one_hot(z.argmax(1), 4) - one_hot
+    assert torch.equal(logit_gradient("label-flip", z, y), flip) and not flip[0].any()
+    assert attack_loss("label-flip", z, y).tolist() == pytest.approx([0.0, 0.05, 2.0])
+    assert torch.allclose(logit_gradient("ce", z, y, 500.0) / 500, flip, atol=1e-9)
+    direction = logit_gradient("ce", z, y, 100.0)
+    direction = direction / direction.norm(dim=1, keepdim=True)
+    assert torch.allclose(direction, logit_gradient("margin", z, y) / 2**0.5, atol=1e-9)
+    saturated = logit_gradient("ce", z.float(), y, 1e4)[0]
+    assert not saturated.any(), "the limit has to be taken by name"
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "label-flip"])
+def test_targeted_pgd_equals_a_naive_transcription(loss: str, net: nn.Module, images: Tensor, labels: Tensor) -> None:
+    net, x = net.double().eval(), images.double()
+    threat = Lp("l2", 0.5, low=-9.0, high=9.0)
+    attack = PGD(threat=threat, steps=6, step_size=0.1, loss=loss, targeted=True, random_start=False)
+    target = (labels + torch.randint(1, 4, (12,), generator=gen(8))) % 4
+    point = x
+    for _ in range(6):
+        point = point.detach().requires_grad_()
+        (g,) = torch.autograd.grad(-attack_loss(loss, net(point), target).sum(), point)
+        size = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        delta = point + 0.1 * torch.where(size > 0, g / size, g) - x
+        point = x + delta * (0.5 / delta.flatten(1).norm(dim=1)).clamp_max(1).view(-1, 1, 1, 1)
+    assert torch.allclose(attack.perturb(net, x, labels, gen=gen(8)), point.detach(), atol=1e-10)
+
+
+def test_targets_are_the_wrong_classes_alike(labels: Tensor) -> None:
+    y = labels.repeat(1000)
+    target = _wrong_class(torch.zeros(len(y), 4), y, gen())
+    shares = torch.bincount((target - y) % 4, minlength=4) / len(y)
+    assert shares[0] == 0 and (shares[1:] - 1 / 3).abs().max() < 4 * (2 / 9 / len(y)) ** 0.5
+
+
+def test_targeted_restarts_are_judged_by_the_label(net: nn.Module, images: Tensor, labels: Tensor) -> None:
+    net.eval()
+    y = net(images).argmax(1)
+    common = {"threat": Lp("linf", 0.02), "steps": 3, "targeted": True}
+    for loss in ("margin", "label-flip"):
+        g, tries = gen(4), []
+        for _ in range(5):
+            tries.append(logit_margin(net(craft(PGD(**common, loss=loss), net, images, y, gen=g)), y).detach())
+        many = PGD(**common, loss=loss, restarts=5)
+        kept = logit_margin(net(craft(many, net, images, y, gen=gen(4))), y).detach()
+        best = torch.stack(tries).amin(0)
+        assert torch.equal(kept <= 0, best <= 0) and (loss == "label-flip" or torch.allclose(kept, best, atol=1e-6))
+        assert many.passes == PGD(**{**common, "targeted": False}, restarts=5).passes
+    assert len(craft(PGD(**common, early_stop=True), net, images, y, gen=gen())) == 12
+
+
+def test_an_endless_step_lands_on_the_sphere_in_the_direction_of_the_gradient() -> None:
+    """Roth et al., A.9: α → ∞ forgets where the last iterate was."""
+    model = binary()
+    x, y = torch.rand(10, 1, 8, 8, generator=gen(), dtype=torch.float64), torch.arange(10) % 2
+    w = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 1, 8, 8)
+    direction = (1 - 2 * y).view(-1, 1, 1, 1) * w / w.norm()
+    for norm, best in (("l2", direction), ("linf", direction.sign())):
+        threat = Lp(norm, 0.3, low=-100.0, high=100.0)
+        attack = PGD(threat=threat, steps=2, step_size=1e8)
+        found = craft(attack, model, x, y, gen=gen())
+        assert torch.allclose(found, x + 0.3 * best, atol=1e-12)
+        single = craft(attack, model.float(), x.float(), y, gen=gen())
+        assert torch.allclose(single.double(), x + 0.3 * best, atol=1e-6)
+        model.double()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expects"),
+    [
+        ({"loss": "label-flip"}, "targeted = true"),
+        ({"loss": "squared", "targeted": True}, "targeted = false"),
+        ({"inverse_temperature": 0.0}, "a finite number > 0"),
+        ({"inverse_temperature": float("inf")}, 'loss = "margin"'),
+        ({"inverse_temperature": 2.0, "loss": "margin"}, '1 for every loss but "ce"'),
+    ],
+)
+def test_settings_that_do_not_go_together(wrong: dict[str, object], expects: str) -> None:
+    with pytest.raises(InputError, match=expects):
+        PGD(threat=Lp("l2", 1.0), **wrong)

@@ -17,7 +17,8 @@ from robustlens.objectives.adversarial import Adversarial
 from robustlens.results.store import RunDirectory
 from robustlens.threats.lp import Lp
 from robustlens.train.config import SGD, TrainingConfig
-from robustlens.train.loop import Recipe, train
+from robustlens.train.loop import train
+from robustlens.train.recipe import Recipe
 
 #: Threat, step size, train and test accuracy of the papers' tables in per cent, with the attack's 100 steps.
 ROWS = [

@@ -16,7 +16,7 @@ from small_runs import CASES, EPOCHS, STEPS, Counting, run_case
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory
 from robustlens.train.checkpoint import load_state
-from robustlens.train.loop import make_optimizer
+from robustlens.train.optimizer import make_optimizer
 
 TOTAL = STEPS * EPOCHS
 MOMENTS = ["step:1", "step:3", "step:5", "epoch:1", "best:1", "last:2", "step:8,step:9,step:14", "last:3", "epoch:3"]
@@ -65,7 +65,7 @@ def state_steps(place: Path) -> int:
     model = small_runs.fresh()
     case = place.name.partition("=")[0]
     average = small_runs.fresh() if CASES[case][1].averaging else None
-    facts = load_state(
+    facts, _ = load_state(
         place / "state.safetensors", model=model, optimizer=make_optimizer(model, CASES[case][1]), average=average
     )
     return int(facts["epoch"] * STEPS + facts["step"])

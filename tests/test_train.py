@@ -29,7 +29,8 @@ from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
-from robustlens.train.loop import Recipe, train, validate
+from robustlens.train.loop import train, validate
+from robustlens.train.recipe import Recipe
 
 ATTACK = FGSM(threat=Lp("linf", 0.05))
 

@@ -35,6 +35,9 @@ app = typer.Typer(
 )
 console = Console()
 
+SOURCES = "mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA."
+USUAL = "the preset's, or lenet-small on mnist5k at l2:1.5 for 10 epochs"
+
 Out = Annotated[Path, typer.Option(help="Directory for runs and pages.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: training.epochs=3. Repeatable.")]
@@ -67,13 +70,22 @@ def study(
 
 @app.command()
 def train(
+    method: Annotated[
+        str,
+        typer.Option(help='"standard", "noise", an attack to train against, or a preset of `robustlens list methods`.'),
+    ] = "pgd",
     data: Annotated[
-        str, typer.Option(help="mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA.")
-    ] = "mnist5k",
-    model: Annotated[str, typer.Option(help="See `robustlens list model`.")] = "lenet-small",
-    method: Annotated[str, typer.Option(help='"standard", "noise", or an attack to train against.')] = "pgd",
-    threat: Threat = "l2:1.5",
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+        str | None,
+        typer.Option(
+            help="mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA.", show_default=USUAL
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="See `robustlens list model`.", show_default=USUAL)] = None,
+    threat: Annotated[
+        str | None,
+        typer.Option(help='What the adversary may do: "l2:1.5", "linf:8/255", "l1:12".', show_default=USUAL),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=USUAL)] = None,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     out: Out = Path("runs"),
     device: Device = "auto",
@@ -94,7 +106,7 @@ def train(
 @app.command()
 def audit(
     model: Annotated[str, typer.Argument(help="pkg.module:callable that returns the network, or a name from `list`.")],
-    data: Annotated[str, typer.Option(help="mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA.")],
+    data: Annotated[str, typer.Option(help=SOURCES)],
     threat: Threat,
     weights: Annotated[Path | None, typer.Option(help="safetensors, or a state dict without code in it.")] = None,
     mean: Annotated[str | None, typer.Option(help="Channel means to put inside the model: 0.49,0.48,0.45")] = None,

@@ -93,15 +93,19 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
 
 
 def catalogue(console: Console, kind: str | None) -> None:
-    """Every plug-in of ``kind`` (of every kind for None) with its settings, first sentence and source."""
+    """Every plug-in of ``kind`` (of every kind for None; one or many: "lens", "methods") with settings and source."""
     from robustlens.core.discovery import KINDS, discover
     from robustlens.data.embedded import EMBEDDED
     from robustlens.data.hub import WELL_KNOWN
 
-    kinds = [*KINDS, "data"]
-    if kind is not None and kind not in kinds:
-        raise unknown_name("kind", kind, kinds)
-    for each in kinds if kind is None else [kind]:
+    kinds = [*KINDS, "method", "data"]
+    asked = kinds if kind is None else [each for each in kinds if kind in (each, f"{each}s", f"{each}es")]
+    if not asked:
+        raise unknown_name("kind", str(kind), kinds)
+    for each in asked:
+        if each == "method":
+            console.print(_methods())
+            continue
         shown = Table("name", "settings", "what it is", title=each, title_justify="left", title_style="bold")
         if each == "data":
             for name in EMBEDDED:
@@ -112,6 +116,27 @@ def catalogue(console: Console, kind: str | None) -> None:
             for name, cls in discover(each).items():
                 shown.add_row(name, escape(_settings(cls)), escape(_about(cls)))
         console.print(shown)
+
+
+def _methods() -> Table:
+    """Every method that has presets: the parts, what a step costs, where the settings come from."""
+    from itertools import groupby
+
+    from robustlens.methods.preset import presets
+    from robustlens.studies.plan import preset_recipe
+
+    shown = Table(title="method", title_justify="left", title_style="bold", show_lines=True)
+    for title in ("method", "presets", "passes a step", "reference"):
+        shown.add_column(title, overflow="fold")
+    for method, group in groupby(presets().values(), key=lambda preset: preset.method):
+        every = list(group)
+        names = [
+            f"{p.name}{'@paper | @sound' if p.sound else ''}{' (fine-tunes)' if p.fine_tunes else ''}" for p in every
+        ]
+        costs = dict.fromkeys(str(preset_recipe(p.name).passes) for p in every)
+        sources = dict.fromkeys(p.reference for p in every)
+        shown.add_row(method, *("\n".join(map(escape, texts)) for texts in (names, costs, sources)))
+    return shown
 
 
 def _settings(cls: type) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robustlens.core.discovery import build, describe, discover
 from robustlens.core.types import Batch, Objective, Regularizer, Update
 from robustlens.objectives.standard import Standard
+from robustlens.results.errors import InputError
 from robustlens.updates.descend import Descend
 
 
@@ -41,6 +42,18 @@ def smooth_net() -> nn.Module:
         return nn.Sequential(*layers).double()
 
 
+def fitting_net(plugin: Any, batch: Batch) -> nn.Module:
+    """The smooth network, or the same with ReLU for what needs a piecewise linear one."""
+    model = smooth_net()
+    if hasattr(plugin, "check"):
+        try:
+            plugin.check(model, batch.x.double())
+        except InputError:
+            model[2] = nn.ReLU()
+            plugin.check(model, batch.x.double())
+    return model
+
+
 def gradient(
     model: nn.Module, update: Update, objective: Objective, regs: tuple[Any, ...], batch: Batch
 ) -> list[Tensor]:
@@ -55,6 +68,7 @@ def test_gradient_by_finite_differences(objective: Objective, batch: Batch) -> N
     model = smooth_net()
     double = Batch(batch.x.double(), batch.y, batch.index)
     crafted = objective.craft(model, double, gen=gen())
+    model.zero_grad()
     objective.loss(model, crafted).loss.backward()
     for p in model.parameters():
         direction = torch.randn(p.shape, generator=gen(1), dtype=torch.float64)
@@ -70,18 +84,32 @@ def test_gradient_by_finite_differences(objective: Objective, batch: Batch) -> N
 
 @pytest.mark.parametrize("regularizer", examples("regularizer"), ids=names)
 def test_penalty_gradient_by_finite_differences(regularizer: Regularizer, batch: Batch) -> None:
-    model = smooth_net()
-    crafted = Standard().craft(model, Batch(batch.x.double(), batch.y, batch.index), gen=gen())
-    regularizer.penalty(model, crafted, gen=gen()).backward()
-    p = next(p for p in model.parameters() if p.grad is not None)
-    direction = torch.randn(p.shape, generator=gen(1), dtype=torch.float64)
-    values = []
-    for side in (1e-5, -1e-5):
-        with torch.no_grad():
-            p += side * direction
-            values.append(float(regularizer.penalty(model, crafted, gen=gen())))
-            p -= side * direction
-    assert float((p.grad * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+    """Directions that were searched for without gradient stay what they are."""
+    model = fitting_net(regularizer, batch)
+    x = batch.x.double().requires_grad_()
+    crafted = Standard().craft(model, Batch(x, batch.y, batch.index), gen=gen())
+    found = regularizer.search(model, crafted, gen=gen()) if hasattr(regularizer, "search") else None
+
+    def penalty() -> Tensor:
+        terms = Standard().loss(model, crafted)
+        if found is not None:
+            return regularizer.value(model, crafted, terms, found)
+        return regularizer.penalty(model, crafted, terms, gen=gen())
+
+    weights = list(model.parameters())
+    slopes = torch.autograd.grad(penalty(), weights, allow_unused=True)
+    assert any(slope is not None and bool(slope.any()) for slope in slopes)
+    for p, slope in zip(weights, slopes, strict=True):
+        direction = torch.randn(p.shape, generator=gen(1), dtype=torch.float64)
+        values = []
+        for side in (1e-5, -1e-5):
+            with torch.no_grad():
+                p += side * direction
+            values.append(float(penalty().detach()))
+            with torch.no_grad():
+                p -= side * direction
+        ours = 0.0 if slope is None else float((slope * direction).sum())
+        assert ours == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("objective", neutrals("objective"), ids=names)
@@ -117,16 +145,37 @@ def test_crafting_touches_nothing(objective: Objective, net: nn.Module, batch: B
     assert not crafted.x_adv.requires_grad and crafted.batch is batch
 
 
-@pytest.mark.parametrize("update", examples("update"), ids=names)
-def test_update_leaves_the_gradient_of_the_whole_loss(update: Update, net: nn.Module, batch: Batch) -> None:
+def test_the_plain_step_leaves_the_gradient_of_the_whole_loss(net: nn.Module, batch: Batch) -> None:
     net.eval()
-    found = gradient(net, update, Standard(), (), batch)
+    found = gradient(net, Descend(), Standard(), (), batch)
     net.zero_grad()
     nn.functional.cross_entropy(net(batch.x), batch.y).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(found, net.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["objective", "regularizer", "update"])
+@pytest.mark.parametrize("update", examples("update"), ids=names)
+def test_update_keeps_weights_and_random_state(update: Update, net: nn.Module, batch: Batch) -> None:
+    """Weights are what they were; BatchNorm statistics and random draws move as in one plain step."""
+    plain = copy.deepcopy(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    gradient(net, update, Standard(), (), batch)
+    random = torch.get_rng_state()
+    gradient(plain, Descend(), Standard(), (), batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert all(p.requires_grad for p in net.parameters()) and net.training
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("update", neutrals("update"), ids=names)
+def test_neutral_update_is_the_plain_step_bit_for_bit(update: Update, net: nn.Module, batch: Batch) -> None:
+    plain = copy.deepcopy(net)
+    a = gradient(net, update, Standard(), (), batch)
+    b = gradient(plain, Descend(), Standard(), (), batch)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(net.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["objective", "regularizer", "update", "constraint"])
 def test_settings_round_trip(kind: str) -> None:
     for plugin in examples(kind):
         assert build(kind, describe(plugin)) == plugin

@@ -29,6 +29,7 @@ WALLS = {
     "threats": CORE | {"threats"},
     "data": CORE | {"data"},
     "models": CORE | {"models"},
+    "methods": CORE | {"threats", "methods"},
     "attacks": GROUND | {"attacks"},
     **dict.fromkeys(TRAINING, GROUND | {"attacks"} | TRAINING),
     "train": GROUND | {"attacks", "train"} | TRAINING,

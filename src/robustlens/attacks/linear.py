@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
+from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
@@ -33,6 +34,10 @@ class LinearExact:
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(threat=Lp("linf", 0.1)), cls(threat=Lp("l2", 1.0)), cls(threat=Lp("l1", 5.0))]
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(inputs=1)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         point = x.detach().requires_grad_()

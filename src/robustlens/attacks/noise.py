@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 from torch import Generator, Tensor, nn
 
+from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
 from robustlens.threats.lp import Lp
 
@@ -23,6 +24,10 @@ class UniformNoise:
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(threat=Lp("linf", 0.1)), cls(threat=Lp("l2", 1.0)), cls(threat=Lp("l1", 5.0))]
+
+    @property
+    def passes(self) -> Passes:
+        return Passes()
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         return self.threat.start(x, gen)

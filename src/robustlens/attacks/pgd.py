@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.attacks.losses import RELATIVE, LossName, attack_loss
 from robustlens.core.criterion import logit_margin
+from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
@@ -28,14 +29,20 @@ class PGD:
         step_size: α in pixel units; None is 2.5 · eps / steps, enough to cross the ball and settle.
         random_start: begin at a uniform point of the ball instead of at x.
         restarts: independent runs, of which the worst for the model is kept *per example*.
-        loss: "ce", "margin", "dlr", "kl" (to the clean prediction) or "squared" (½ ‖f(z) − f(x)‖²).
+        loss: "ce", "margin", "dlr", "kl" (to the clean prediction), "squared" (½ ‖f(z) − f(x)‖²) or "label-flip"
+            (``attacks.losses`` has the equations).
+        targeted: climb −loss(f(z), t) instead, t a wrong class that is drawn uniformly, anew in every restart. What
+            counts as broken, and the worst restart, are still judged by y.
+        inverse_temperature: β of the softmax in "ce". A large one picks out the class on top, and saturates at once;
+            its limits are "margin", and "label-flip" for a targeted attack.
         early_stop: leave an example alone once it is misclassified, and drop it from the batch. For evaluation;
             the last iterate is then not the one of highest loss.
         grad_floor: a gradient of ℓ2 size below it makes a shorter step (ℓ2, ℓ1). 1e-6 reproduces attacks that stall
             on saturated networks; leave it at 1e-12 to measure robustness.
 
     Raises:
-        InputError: no steps, no restarts, a step size ≤ 0, or a relative loss started at x, where its gradient is 0.
+        InputError: no steps, no restarts, a step size or inverse temperature ≤ 0, a relative loss started at x, where
+            its gradient is 0, or a loss that does not go with ``targeted`` or an inverse temperature.
     """
 
     name: ClassVar[str] = "pgd"
@@ -49,6 +56,8 @@ class PGD:
     loss: LossName = "ce"
     early_stop: bool = False
     grad_floor: float = 1e-12
+    targeted: bool = False
+    inverse_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("restarts", 1)):
@@ -77,6 +86,34 @@ class PGD:
                 got="random_start = false",
                 fix="Set random_start = true, or restarts = 1.",
             )
+        if self.targeted and self.loss in RELATIVE:
+            raise InputError(
+                f"pgd with loss {self.loss!r}",
+                expected="targeted = false",
+                got="targeted = true",
+                fix="This loss compares with the clean prediction and knows no target; take ce, margin or label-flip.",
+            )
+        if self.loss == "label-flip" and not self.targeted:
+            raise InputError(
+                "pgd with loss 'label-flip'",
+                expected="targeted = true",
+                got="targeted = false",
+                fix='Its gradient is zero while the prediction is right; loss = "margin" is the limit that moves.',
+            )
+        if not 0 < self.inverse_temperature < float("inf"):
+            raise InputError(
+                "pgd inverse_temperature",
+                expected="a finite number > 0",
+                got=str(self.inverse_temperature),
+                fix='For the limit take loss = "margin", or "label-flip" with targeted = true.',
+            )
+        if self.inverse_temperature != 1 and self.loss != "ce":
+            raise InputError(
+                "pgd inverse_temperature",
+                expected='1 for every loss but "ce"',
+                got=f"{self.inverse_temperature:g} with loss {self.loss!r}",
+                fix='Set loss = "ce", or leave it out.',
+            )
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -87,7 +124,14 @@ class PGD:
             cls(threat=Lp("linf", 0.1), loss="kl"),
             cls(threat=Lp("l1", 5.0), steps=20, loss="squared"),
             cls(threat=Lp("linf", 0.1), steps=5, random_start=False),
+            cls(threat=Lp("l2", 1.0), inverse_temperature=5.0),
+            cls(threat=Lp("l2", 1.0), loss="label-flip", targeted=True, restarts=2, early_stop=True),
         ]
+
+    @property
+    def passes(self) -> Passes:
+        scored = self.restarts if self.restarts > 1 else 0
+        return Passes(inputs=self.steps * self.restarts, forward=scored + (self.loss in RELATIVE))
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         clean = None
@@ -115,11 +159,16 @@ class PGD:
         alpha = 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
         point = threat.start(x, gen) if self.random_start else x
         result, alive = point.clone() if self.early_stop else point, torch.arange(len(x), device=x.device)
+        target: Tensor | None = None
         for _ in range(self.steps):
             point = point.detach().requires_grad_()
             with torch.enable_grad():
                 logits = model(point)
-                loss = attack_loss(self.loss, logits, y, clean).sum()
+                if self.targeted:
+                    target = _wrong_class(logits, y, gen) if target is None else target
+                    loss = -self._loss(logits, target, clean).sum()
+                else:
+                    loss = self._loss(logits, y, clean).sum()
             (grad,) = torch.autograd.grad(loss, point)
             if self.early_stop:
                 standing = logit_margin(logits.detach(), y) > 0
@@ -133,6 +182,7 @@ class PGD:
                         y[standing],
                     )
                     clean = None if clean is None else clean[standing]
+                    target = None if target is None else target[standing]
                     if len(alive) == 0:
                         return result
             with torch.no_grad():
@@ -146,4 +196,13 @@ class PGD:
     def _score(self, model: nn.Module, point: Tensor, y: Tensor, clean: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             logits = model(point)
-            return logit_margin(logits, y) <= 0, attack_loss(self.loss, logits, y, clean)
+            return logit_margin(logits, y) <= 0, self._loss(logits, y, clean)
+
+    def _loss(self, logits: Tensor, y: Tensor, clean: Tensor | None) -> Tensor:
+        return attack_loss(self.loss, logits, y, clean, inverse_temperature=self.inverse_temperature)
+
+
+def _wrong_class(logits: Tensor, y: Tensor, gen: Generator) -> Tensor:
+    """One of the other classes for each label (B,), uniformly."""
+    classes = logits.shape[1]
+    return (y + torch.randint(1, classes, y.shape, generator=gen, device=y.device)) % classes

@@ -19,7 +19,17 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from robustlens.core.types import Architecture, Attack, Augmentation, Lens, Objective, Regularizer, Threat, Update
+from robustlens.core.types import (
+    Architecture,
+    Attack,
+    Augmentation,
+    Constraint,
+    Lens,
+    Objective,
+    Regularizer,
+    Threat,
+    Update,
+)
 from robustlens.results.errors import InputError, unknown_name, wanted
 
 #: Package of each kind of plug-in, and the protocol its members follow.
@@ -28,6 +38,7 @@ KINDS: dict[str, tuple[str, type]] = {
     "objective": ("objectives", Objective),
     "regularizer": ("regularizers", Regularizer),
     "update": ("updates", Update),
+    "constraint": ("constraints", Constraint),
     "lens": ("lenses", Lens),
     "model": ("models", Architecture),
     "augmentation": ("data", Augmentation),

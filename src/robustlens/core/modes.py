@@ -48,6 +48,27 @@ def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
 
 
 @contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Passes inside draw dropout and move BatchNorm statistics as ever, and are forgotten at the end.
+
+    Buffers and the global random state are afterwards what they were. The weights may be differentiated.
+    """
+    kept = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    random = torch.get_rng_state()
+    random_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        for module, name, buffer in kept:  # a copy takes its place: the graph may hold on to what a pass reads
+            setattr(module, name, buffer.clone())
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)
+        torch.set_rng_state(random)
+        if random_cuda:
+            torch.cuda.set_rng_state_all(random_cuda)
+
+
+@contextmanager
 def precision(choice: Precision, device: torch.device) -> Iterator[None]:
     """bfloat16 autocast for what runs inside when ``choice`` is "bf16-craft", nothing otherwise."""
     if choice == "float32":

@@ -5,12 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
 
+from robustlens.core.passes import Passes
 from robustlens.results.reading import Reading
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """Where in a training run a batch stands, and what plug-ins carry from one step to the next.
+
+    Attributes:
+        epoch: epochs done, fractional; 0 at the start.
+        epochs: where the run ends.
+        examples: how many training images there are; ``Batch.index`` counts in them.
+        memory: "<plug-in>/<what>" → tensor, part of every checkpoint. A plug-in replaces a tensor there; it never
+            changes one in place, because an update that tries a step first works on a copy of this mapping.
+    """
+
+    epoch: float = 0.0
+    epochs: float = 1.0
+    examples: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +39,7 @@ class Batch:
     x: Tensor
     y: Tensor
     index: Tensor
+    moment: Moment = field(default_factory=Moment)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -27,19 +47,28 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Crafted:
-    """What one training step learns from: the clean batch and the inputs ``x_adv`` crafted from it."""
+    """What one training step learns from: the clean batch and the inputs ``x_adv`` (B, C, H, W) crafted from it.
+
+    ``x_adv`` is ``batch.x`` itself where nothing was crafted. ``notes`` are per-example facts (B,) that the objective's
+    ``craft`` found and its ``loss`` needs.
+    """
 
     batch: Batch
     x_adv: Tensor
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """A differentiable ``loss`` (scalar), the ``logits`` (B, K) it came from, and its named parts for the log."""
+    """A differentiable ``loss`` (scalar), the ``logits`` (B, K) of ``x_adv``, and the loss's named parts for the log.
+
+    ``clean_logits`` (B, K) are those of the clean images, where the objective computed them.
+    """
 
     loss: Tensor
     logits: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    clean_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,14 +176,30 @@ class Attack(Protocol):
     @property
     def threat(self) -> Threat: ...
 
+    @property
+    def passes(self) -> Passes:
+        """What one call costs."""
+        ...
+
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor: ...
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What one step minimises: ``craft`` makes the inputs, ``loss`` can be evaluated on them at any weights."""
+    """What one step minimises: ``craft`` makes the inputs, ``loss`` can be evaluated on them at any weights.
+
+    It may have ``check(model, x)``, called once with a network and a few images before training starts; it raises
+    InputError where the network lacks something that the method needs. So may a regularizer. ``needs_craft = True``
+    says that ``loss`` takes what its own ``craft`` made alone; an update that crafts by itself refuses it in its
+    ``check_objective(objective)``.
+    """
 
     name: ClassVar[str]
+
+    @property
+    def passes(self) -> Passes:
+        """What a step costs: crafting, and the loss with its gradient."""
+        ...
 
     def craft(self, model: nn.Module, batch: Batch, *, gen: Generator) -> Crafted: ...
 
@@ -163,18 +208,39 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """A weighted term that any objective can carry; ``penalty`` includes its weight."""
+    """A weighted term that any objective can carry; ``penalty`` includes its weight.
+
+    ``terms`` is what the objective computed in this step. A regularizer that differentiates with respect to the clean
+    images says ``differentiates_input = True``: ``crafted.batch.x`` then requires a gradient, and where ``terms`` has
+    ``clean_logits`` their graph reaches it. One that first searches for directions without gradient splits its
+    ``penalty`` into ``search(model, crafted, *, gen)`` and ``value(model, crafted, terms, found)``.
+    """
 
     name: ClassVar[str]
 
-    def penalty(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> Tensor: ...
+    @property
+    def passes(self) -> Passes:
+        """What it adds to a step of an objective that has the clean logits."""
+        ...
+
+    def penalty(self, model: nn.Module, crafted: Crafted, terms: Terms, *, gen: Generator) -> Tensor: ...
 
 
 @runtime_checkable
 class Update(Protocol):
-    """How a step is taken: leaves the gradient of the step in ``.grad`` and returns the terms at the old weights."""
+    """How a step is taken: leaves the gradient of the step in ``.grad`` and returns the terms at the old weights.
+
+    Every batch is stepped on ``replays`` times.
+    """
 
     name: ClassVar[str]
+
+    @property
+    def replays(self) -> int: ...
+
+    def passes(self, objective: Passes, regularizers: Passes) -> Passes:
+        """What all steps on one batch cost."""
+        ...
 
     def backward(
         self,
@@ -185,6 +251,22 @@ class Update(Protocol):
         *,
         gen: Generator,
     ) -> Terms: ...
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """A projection of the weights, after every step or at every epoch's end.
+
+    ``x`` (1, C, H, W) is an image, from which the layers' sizes are learnt. Returned are facts for the epoch's record,
+    such as the norm that was reached.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def every(self) -> Literal["step", "epoch"]: ...
+
+    def apply(self, model: nn.Module, x: Tensor) -> Mapping[str, float]: ...
 
 
 @runtime_checkable

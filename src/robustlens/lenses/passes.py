@@ -31,7 +31,7 @@ def sample(split: Split, n: int | None) -> Tensor:
 def batches(subject: Subject, split: Split, order: Tensor, size: int) -> Iterator[Batch]:
     """The examples at ``order``, in batches of at most ``size``, on the subject's device."""
     for batch in split.batches(size, order=order):
-        yield Batch(*(part.to(subject.device) for part in (batch.x, batch.y, batch.index)))
+        yield Batch(batch.x.to(subject.device), batch.y.to(subject.device), batch.index.to(subject.device))
 
 
 def logits(subject: Subject, split: Split, order: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def circular_conv_spectrum(
         InputError: ``size`` is not a multiple of ``stride``.
     """
     values = []
-    for block in _blocks(kernel, size, stride, dilation, groups):
+    for block in blocks(kernel, size, stride, dilation, groups):
         found = torch.linalg.svdvals(block.symbols)  # (F, G, r)
         values.append(found[~block.twice].flatten())
         values.append(found[block.twice].flatten().repeat(2))
@@ -65,11 +65,8 @@ def circular_conv_norm(
 ) -> float:
     """The largest value of ``circular_conv_spectrum``, from the smaller Gram side (several times faster)."""
     largest = 0.0
-    for block in _blocks(kernel, size, stride, dilation, groups):
-        symbols = block.symbols
-        adjoint = symbols.mH
-        gram = symbols @ adjoint if symbols.shape[-2] <= symbols.shape[-1] else adjoint @ symbols
-        largest = max(largest, float(torch.linalg.eigvalsh(gram)[..., -1].max()))
+    for block in blocks(kernel, size, stride, dilation, groups):
+        largest = max(largest, float(torch.linalg.eigvalsh(smaller_gram(block.symbols))[..., -1].max()))
     return math.sqrt(largest)
 
 
@@ -82,9 +79,14 @@ def zero_padded_norm_bound(
     zero-padded convolution is the circular one on that circle, restricted to images that vanish outside the n pixels
     and with some outputs left out; neither can raise the norm. The circular norm at n itself is *not* a bound.
     """
-    reach = [n + d * (k - 1) for n, d, k in zip(size, dilation, kernel.shape[2:], strict=True)]
-    circle = round_up((reach[0], reach[1]), stride)
+    circle = padded_circle(kernel, size, stride=stride, dilation=dilation)
     return circular_conv_norm(kernel, circle, stride=stride, dilation=dilation, groups=groups)
+
+
+def padded_circle(kernel: Tensor, size: Pair, *, stride: Pair = (1, 1), dilation: Pair = (1, 1)) -> Pair:
+    """The smallest circle, in multiples of ``stride``, on which no window of ``kernel`` reaches around to the image."""
+    reach = [n + d * (k - 1) for n, d, k in zip(size, dilation, kernel.shape[2:], strict=True)]
+    return round_up((reach[0], reach[1]), stride)
 
 
 def round_up(size: Pair, stride: Pair) -> Pair:
@@ -92,15 +94,29 @@ def round_up(size: Pair, stride: Pair) -> Pair:
     return -(-size[0] // stride[0]) * stride[0], -(-size[1] // stride[1]) * stride[1]
 
 
+def smaller_gram(matrices: Tensor) -> Tensor:
+    """A·A* or A*·A, whichever is smaller, for matrices A (…, r, c)."""
+    return matrices @ matrices.mH if matrices.shape[-2] <= matrices.shape[-1] else matrices.mH @ matrices
+
+
 @dataclass(frozen=True, eq=False)
-class _Block:
-    """Symbols (F, groups, c_out/groups, c_in·s²/groups), complex128; ``twice`` (F,): stands for −f as well."""
+class Block:
+    """Symbols (F, groups, c_out/groups, c_in·s²/groups), complex128; ``twice`` (F,): stands for −f as well.
+
+    ``phase`` (F, k_h·k_w) holds exp(2πi ⟨f, a⟩ / m) of every tap.
+    """
 
     symbols: Tensor
     twice: Tensor
+    phase: Tensor
 
 
-def _blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int) -> Iterator[_Block]:
+def sub_images(taps: int, dilation: int, stride: int) -> Tensor:
+    """(stride, taps), 1 where a tap of a row (or column) falls into the sub-image, in float64."""
+    return (torch.arange(taps) * dilation % stride == torch.arange(stride)[:, None]).to(torch.float64)
+
+
+def blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int) -> Iterator[Block]:
     """Symbols of half of the frequencies, in chunks of bounded memory.
 
     Columns v = 0 … m_w // 2 are enough: column m_w − v holds the conjugates of column v. Column 0, and m_w / 2
@@ -115,9 +131,7 @@ def _blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: in
     mh, mw = nh // sh, nw // sw
     real = torch.float64
     down, right = torch.arange(kh) * dilation[0], torch.arange(kw) * dilation[1]
-    # Taps of a row and of a column, sorted into sub-images: (s, k) masks of which tap belongs to which sub-image.
-    rows = ((down % sh) == torch.arange(sh)[:, None]).to(real)
-    cols = ((right % sw) == torch.arange(sw)[:, None]).to(real)
+    rows, cols = sub_images(kh, dilation[0], sh), sub_images(kw, dilation[1], sw)
     taps = kernel.detach().cpu().to(real).reshape(groups, c_out // groups, c_in, kh, kw)
     split = torch.einsum("gopyx,ay,bx->yxgopab", taps, rows, cols).reshape(kh * kw, -1).to(torch.complex128)
     width = c_in * sh * sw
@@ -132,4 +146,4 @@ def _blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: in
         turn_y = (u[here] * (down // sh)[:, None] % mh).to(real) / mh
         turn_x = (v[here] * (right // sw) % mw).to(real) / mw
         phase = torch.exp(2j * torch.pi * (turn_y + turn_x)).reshape(-1, kh * kw)
-        yield _Block((phase @ split).reshape(-1, groups, c_out // groups, width), twice[here])
+        yield Block((phase @ split).reshape(-1, groups, c_out // groups, width), twice[here], phase)

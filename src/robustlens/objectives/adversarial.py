@@ -12,6 +12,7 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import craft
 from robustlens.core.criterion import cross_entropy
 from robustlens.core.modes import CraftMode, Precision
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Batch, Crafted, Terms
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
@@ -65,6 +66,10 @@ class Adversarial:
         """The setting that equals standard training bit for bit."""
         return cls(attack=PGD(threat=Lp("l2", 0.0)))
 
+    @property
+    def passes(self) -> Passes:
+        return self.attack.passes + Passes(weights=2 if self.clean_weight else 1)
+
     def craft(self, model: nn.Module, batch: Batch, *, gen: Generator) -> Crafted:
         x_adv = craft(self.attack, model, batch.x, batch.y, gen=gen, mode=self.craft_mode, precise=self.precision)
         return Crafted(batch, x_adv)
@@ -75,6 +80,7 @@ class Adversarial:
         loss = cross_entropy(logits, batch.y, label_smoothing=smoothing)
         if self.clean_weight == 0:
             return Terms(loss, logits)
-        clean = cross_entropy(model(batch.x), batch.y, label_smoothing=smoothing)
+        clean_logits = model(batch.x)
+        clean = cross_entropy(clean_logits, batch.y, label_smoothing=smoothing)
         mixed = (1 - self.clean_weight) * loss + self.clean_weight * clean
-        return Terms(mixed, logits, {"adversarial_loss": loss, "clean_loss": clean})
+        return Terms(mixed, logits, {"adversarial_loss": loss, "clean_loss": clean}, clean_logits)

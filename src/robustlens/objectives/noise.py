@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from torch import Generator, nn
 
 from robustlens.core.criterion import cross_entropy
+from robustlens.core.passes import Passes
 from robustlens.core.types import Batch, Crafted, Terms, Threat
 from robustlens.threats.lp import Lp
 
@@ -30,6 +31,10 @@ class Noise:
     def neutral(cls) -> Self:
         """The setting that equals standard training bit for bit."""
         return cls(threat=Lp("l2", 0.0))
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(weights=1)
 
     def craft(self, model: nn.Module, batch: Batch, *, gen: Generator) -> Crafted:
         return Crafted(batch, self.threat.start(batch.x, gen))

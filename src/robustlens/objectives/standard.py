@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 from torch import Generator, nn
 
 from robustlens.core.criterion import cross_entropy
+from robustlens.core.passes import Passes
 from robustlens.core.types import Batch, Crafted, Terms
 
 
@@ -24,9 +25,14 @@ class Standard:
     def examples(cls) -> list[Self]:
         return [cls(), cls(label_smoothing=0.1)]
 
+    @property
+    def passes(self) -> Passes:
+        return Passes(weights=1)
+
     def craft(self, model: nn.Module, batch: Batch, *, gen: Generator) -> Crafted:
         return Crafted(batch, batch.x)
 
     def loss(self, model: nn.Module, crafted: Crafted) -> Terms:
         logits = model(crafted.x_adv)
-        return Terms(cross_entropy(logits, crafted.batch.y, label_smoothing=self.label_smoothing), logits)
+        loss = cross_entropy(logits, crafted.batch.y, label_smoothing=self.label_smoothing)
+        return Terms(loss, logits, clean_logits=logits if crafted.x_adv is crafted.batch.x else None)

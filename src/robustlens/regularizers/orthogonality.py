@@ -8,7 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.core.types import Crafted
+from robustlens.core.passes import Passes
+from robustlens.core.types import Crafted, Terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,11 @@ class Orthogonality:
         """The setting that equals standard training bit for bit."""
         return cls(beta=0.0)
 
-    def penalty(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> Tensor:
+    @property
+    def passes(self) -> Passes:
+        return Passes()
+
+    def penalty(self, model: nn.Module, crafted: Crafted, terms: Terms, *, gen: Generator) -> Tensor:
         total = crafted.x_adv.new_zeros(())
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from robustlens.core.discovery import discover
 from robustlens.data.config import DataConfig
+from robustlens.methods.preset import find_preset, presets
 from robustlens.results.errors import InputError, unknown_name, wanted
 from robustlens.train.config import Settings, TrainingConfig
 
@@ -26,14 +27,44 @@ LENSES: tuple[Plugin, ...] = ("accuracy", "generalisation-gap", "logit-margins",
 class MethodConfig(Settings):
     """One way to train: a label for tables and charts, and the parts it is made of.
 
-    ``training`` overrides single fields of the study's training settings for this method.
+    Attributes:
+        preset: a method as a paper used it, such as "trades/cifar10" or "trades/cifar10@paper"; what is given beside
+            it takes the place of the preset's own.
+        objective, regularizers, update, constraints: the parts; any combination is a method.
+        training: overrides single fields of the study's training settings for this method.
+        start: where training starts from: the label of a method further up, whose last weights are taken, or a file of
+            weights. Without it, from fresh weights.
     """
 
     label: str = Field(min_length=1, max_length=80)
+    preset: str | None = None
     objective: Plugin = "standard"
     regularizers: tuple[Plugin, ...] = ()
     update: Plugin = "descend"
+    constraints: tuple[Plugin, ...] = ()
     training: dict[str, Any] = Field(default_factory=dict)
+    start: str | None = None
+
+    def resolved(self) -> MethodConfig:
+        """The same method with the settings of its preset written out.
+
+        Raises:
+            InputError: an unknown preset, or one that fine-tunes without a start.
+        """
+        if self.preset is None:
+            return self
+        preset, protocol = find_preset(self.preset)
+        if preset.fine_tunes and self.start is None:
+            raise InputError(
+                f"method {self.label!r}",
+                expected=f"start, because {preset.name} goes on from trained weights",
+                got="none",
+                fix='Set start = "<label of a method above>" or start = "<file of weights>".',
+            )
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"preset", "training"}}
+        settings = preset.settings(protocol)
+        training = merged(settings.pop("training", {}), self.training)
+        return MethodConfig.model_validate({**settings, **given, "training": training})
 
 
 class StudyConfig(Settings):
@@ -61,6 +92,18 @@ class StudyConfig(Settings):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     lenses: tuple[Plugin, ...] = LENSES
     weights: Literal["last", "best"] = "last"
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` over ``base``, field by field; a choice that is renamed (another optimizer) is replaced whole."""
+    found = dict(base)
+    for key, value in changes.items():
+        old = found.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
+            found[key] = merged(old, value)
+        else:
+            found[key] = value
+    return found
 
 
 def read_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
@@ -166,26 +209,53 @@ def _position(items: Sequence[Any], key: str) -> int:
 
 
 def single_run(
-    *, data: str, model: str, method: str, threat: str, epochs: int, seed: int, overrides: Iterable[str] = ()
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    method: str = "pgd",
+    threat: str | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    overrides: Iterable[str] = (),
 ) -> StudyConfig:
-    """The study that trains one network: ``method`` is "standard", "noise", or an attack to train against."""
-    objective: Plugin
-    known = {"standard", "noise", *discover("attack")}
-    if method not in known and ":" not in method:
-        raise unknown_name("method", method, known)
-    if method == "standard":
-        objective = method
-    elif method == "noise":
-        objective = {"name": method, "threat": threat}
-    else:
-        objective = {"name": "adversarial", "attack": {"name": method, "threat": threat}}
+    """The study that trains one network.
+
+    ``method`` is "standard", "noise", an attack to train against, or a preset ("trades/mnist"), which brings the data,
+    model, threat and number of epochs of its paper where none are given.
+    """
+    usual: dict[str, Any] = {"model": "lenet-small", "threat": "l2:1.5"}
+    chosen: dict[str, Any]
+    kept: dict[str, Any] = {"source": "mnist5k"}
+    if "/" in method:
+        preset, _ = find_preset(method)
+        usual = {"model": preset.model, "threat": preset.threat}
+        kept = {"source": preset.data} | ({"classes": list(preset.classes)} if preset.classes else {})
+        chosen = {"label": method, "preset": method, "training": {} if epochs is None else {"epochs": epochs}}
+        overrides = [f"methods.0.{each}" if each.startswith("training.") else each for each in overrides]
+    threat = usual["threat"] if threat is None else threat
+    if "/" not in method:
+        chosen = {
+            "label": method if method == "standard" else f"{method} {threat}",
+            "objective": _against(method, threat),
+        }
     settings = {
         "name": "train",
-        "data": {"source": data},
-        "model": model,
+        "data": {"source": data} if data is not None else kept,
+        "model": usual["model"] if model is None else model,
         "threat": threat,
-        "methods": [{"label": method if method == "standard" else f"{method} {threat}", "objective": objective}],
-        "training": {"epochs": epochs},
+        "methods": [chosen],
+        "training": {} if epochs is None else {"epochs": epochs},
         "seeds": [seed],
     }
     return make_study(settings, overrides)
+
+
+def _against(method: str, threat: str) -> Plugin:
+    known = {"standard", "noise", *discover("attack")}
+    if method not in known and ":" not in method:
+        raise unknown_name("method", method, known | set(presets()))
+    if method == "standard":
+        return method
+    if method == "noise":
+        return {"name": method, "threat": threat}
+    return {"name": "adversarial", "attack": {"name": method, "threat": threat}}

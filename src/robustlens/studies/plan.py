@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from robustlens.attacks.pgd import PGD
 from robustlens.core import discovery
 from robustlens.core.types import Architecture, Attack, Lens
+from robustlens.methods.preset import find_preset
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest
-from robustlens.studies.config import MethodConfig, StudyConfig, validated
+from robustlens.studies.config import MethodConfig, StudyConfig, merged, validated
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
-from robustlens.train.loop import Recipe
+from robustlens.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class PlannedRun:
     """One network to train: a method and a seed, resolved to objects and to plain settings.
 
     ``settings`` is what decides the trained weights, with all defaults; its hash is the run's address. The label
-    and the lenses are not part of it: renaming a method or adding a lens trains nothing again.
+    and the lenses are not part of it: renaming a method or adding a lens trains nothing again. ``start`` is the run, or
+    the file, whose weights training starts from.
     """
 
     label: str
@@ -35,6 +37,7 @@ class PlannedRun:
     training: TrainingConfig
     validation: Attack
     settings: dict[str, Any]
+    start: PlannedRun | Path | None = None
 
     @property
     def hash(self) -> str:
@@ -63,9 +66,11 @@ def make_plan(study: StudyConfig) -> Plan:
     if chosen["name"] == PGD.name:
         chosen = {"early_stop": True, **chosen}
     validation = discovery.build("attack", chosen)
-    runs = tuple(_planned(study, method, seed, validation) for method in study.methods for seed in study.seeds)
+    runs: list[PlannedRun] = []
+    for method in study.methods:
+        runs += [_planned(study, method.resolved(), seed, validation, runs) for seed in study.seeds]
     _all_different(runs)
-    return Plan(study, threat, runs, lenses)
+    return Plan(study, threat, tuple(runs), lenses)
 
 
 def _all_different(runs: Sequence[PlannedRun]) -> None:
@@ -82,17 +87,62 @@ def _all_different(runs: Sequence[PlannedRun]) -> None:
             )
 
 
-def _planned(study: StudyConfig, method: MethodConfig, seed: int, validation: Attack) -> PlannedRun:
-    model: Architecture = discovery.build("model", study.model)
-    recipe = Recipe(
+def make_recipe(method: MethodConfig) -> Recipe:
+    """The parts of a method, built.
+
+    Raises:
+        InputError: an unknown part, a field that does not fit, or one regularizer or constraint twice.
+    """
+    for kind, parts in (("regularizer", method.regularizers), ("constraint", method.constraints)):
+        names = [part if isinstance(part, str) else part.get("name") for part in parts]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(
+                    f"method {method.label!r}",
+                    expected=f"each {kind} once",
+                    got=f"{name!r} {names.count(name)} times",
+                    fix="Put its weight into one entry.",
+                )
+    return Recipe(
         objective=discovery.build("objective", method.objective),
         regularizers=tuple(discovery.build("regularizer", r) for r in method.regularizers),
         update=discovery.build("update", method.update),
+        constraints=tuple(discovery.build("constraint", c) for c in method.constraints),
     )
+
+
+def preset_recipe(name: str) -> Recipe:
+    """The parts of the preset ``name``, "trades/cifar10" or "trades/cifar10@paper", built."""
+    preset, protocol = find_preset(name)
+    return make_recipe(MethodConfig.model_validate({"label": name, **preset.settings(protocol)}))
+
+
+def _start(method: MethodConfig, seed: int, earlier: Sequence[PlannedRun]) -> PlannedRun | Path | None:
+    """The run, or the file, that ``method`` starts from."""
+    if method.start is None:
+        return None
+    for run in earlier:
+        if (run.label, run.seed) == (method.start, seed):
+            return run
+    if Path(method.start).is_file():
+        return Path(method.start)
+    raise InputError(
+        f"start of method {method.label!r}",
+        expected="the label of a method further up in the study, or a file of weights",
+        got=repr(method.start),
+        fix=f"Methods further up: {', '.join(dict.fromkeys(repr(run.label) for run in earlier)) or 'none'}.",
+    )
+
+
+def _planned(
+    study: StudyConfig, method: MethodConfig, seed: int, validation: Attack, earlier: Sequence[PlannedRun]
+) -> PlannedRun:
+    model: Architecture = discovery.build("model", study.model)
+    recipe, start = make_recipe(method), _start(method, seed, earlier)
     training = study.training
     if method.training:
-        merged = _merge(study.training.model_dump(), method.training)
-        training = validated(TrainingConfig, merged, f"training of method {method.label!r}")
+        settings = merged(study.training.model_dump(), method.training)
+        training = validated(TrainingConfig, settings, f"training of method {method.label!r}")
     for augmentation in training.augment:
         discovery.build("augmentation", augmentation)
     settings = {
@@ -101,26 +151,21 @@ def _planned(study: StudyConfig, method: MethodConfig, seed: int, validation: At
         "objective": discovery.describe(recipe.objective),
         "regularizers": [discovery.describe(r) for r in recipe.regularizers],
         "update": discovery.describe(recipe.update),
+        "constraints": [discovery.describe(c) for c in recipe.constraints],
         "training": training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "validation": discovery.describe(validation),
         "seed": seed,
     }
     weights = getattr(model, "weights", None)
     if weights is not None and Path(weights).is_file():  # a path alone does not say which weights training starts from
-        settings["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
-    return PlannedRun(method.label, seed, model, recipe, training, validation, settings)
+        settings["weights"] = _sha(Path(weights))
+    if start is not None:
+        settings["start"] = start.hash if isinstance(start, PlannedRun) else _sha(start)
+    return PlannedRun(method.label, seed, model, recipe, training, validation, settings, start)
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` over ``base``, field by field; a choice that is renamed (another optimizer) is replaced whole."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("name") in (None, old.get("name")):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def run_directory(out: Path, label: str, seed: int, address: str) -> RunDirectory:

@@ -15,7 +15,7 @@ import robustlens
 from robustlens.attacks.verify import evaluate
 from robustlens.core.discovery import build, describe
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Augmentation, Batch, Lens, Splits, Subject
+from robustlens.core.types import Augmentation, Batch, Lens, Moment, Splits, Subject
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.results.errors import InputError, RobustlensError
@@ -75,13 +75,13 @@ def run_study(
     splits = load(study.data).to(place)
     for run in plan.runs:
         rehearse(run, splits)
-    directories = []
+    directories: list[RunDirectory] = []
     each = 1 + len(plan.lenses)
     for number, run in enumerate(plan.runs):
-        directory = run_directory(Path(out) / slug(study.name), run.label, run.seed, run.hash)
+        directory = directory_of(run, out, study)
         with directory.lock():
             watch.begin(number * each, len(plan.runs) * each, run.label, "training")
-            model = trained(run, splits, directory, plan, watch)
+            model = trained(run, splits, directory, plan, watch, out=out)
             subject = Subject(model, splits, plan.threat, place)
             for k, lens in enumerate(plan.lenses, start=1):
                 watch.begin(number * each + k, len(plan.runs) * each, run.label, lens.name)
@@ -89,6 +89,11 @@ def run_study(
                 watch.done(run.label, lens.name, already=already)
         directories.append(directory)
     return directories
+
+
+def directory_of(run: PlannedRun, out: str | Path, study: StudyConfig) -> RunDirectory:
+    """Where ``run`` is, or will be."""
+    return run_directory(Path(out) / slug(study.name), run.label, run.seed, run.hash)
 
 
 def rehearse(run: PlannedRun, splits: Splits) -> None:
@@ -114,17 +119,26 @@ def rehearse(run: PlannedRun, splits: Splits) -> None:
                 got=str(tuple(x.shape[1:])),
                 fix="Change the size in training.augment, or data.train_size.",
             )
-        batch = Batch(x, batch.y, batch.index)
+        batch = Batch(x, batch.y, batch.index, Moment(epochs=run.training.epochs, examples=len(splits.train)))
+        if isinstance(run.start, Path):
+            load_weights(model, run.start)
+        run.recipe.check(model, x)
         run.recipe.update.backward(model, run.recipe.objective, run.recipe.regularizers, batch, gen=gen)
         evaluate(run.validation, model, splits.valid.batch(torch.arange(min(4, len(splits.valid)))), gen=gen)
 
 
-def trained(run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan, watch: StudyWatch) -> nn.Module:
+def trained(
+    run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan, watch: StudyWatch, *, out: str | Path
+) -> nn.Module:
     """The network of ``run`` in eval mode, trained now or read from its directory."""
     device = splits.test.labels.device
     with torch.random.fork_rng():
         torch.manual_seed(derive(run.seed, "weights"))
         model: nn.Module = run.model.build(splits.shape, len(splits.classes)).to(device)
+    if isinstance(run.start, PlannedRun):
+        load_weights(model, directory_of(run.start, out, plan.study).path / "last.safetensors")
+    elif run.start is not None:
+        load_weights(model, run.start)
     # Convolutions on a CPU take a third less time in this layout.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     origin = provenance(splits, device)
@@ -158,6 +172,7 @@ def trained(run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan
             watch=watch,
         )
         record["provenance"]["seconds"] = round(sum(e["seconds"] for e in epochs), 2)
+        record["provenance"] |= {key: epochs[-1][key] for key in ("stopped",) if key in epochs[-1]}
         record["finished"] = True
     if not finished or record.get("label") != run.label:
         directory.write_json("run.json", {**record, "label": run.label})

@@ -37,9 +37,10 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: nn.Module | None,
+    memory: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write everything that a resumed run needs."""
+    """Write everything that a resumed run needs; ``memory`` is what plug-ins carry between steps."""
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
     numbers: dict[str, float] = {}
     for index, values in optimizer.state_dict()["state"].items():
@@ -50,13 +51,14 @@ def save_state(
                 numbers[f"{index}/{name}"] = value
     if average is not None:
         tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
+    tensors |= {f"memory/{k}": v for k, v in memory.items()}
     _write(path, tensors, {**facts, "optimizer_numbers": numbers})
 
 
 def load_state(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
-) -> dict[str, Any]:
-    """Restore what ``save_state`` wrote and return its facts.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore what ``save_state`` wrote and return its facts and memory.
 
     Raises:
         InputError: the file is damaged or belongs to another architecture.
@@ -83,7 +85,8 @@ def load_state(
         index, name = key.split("/")
         state.setdefault(int(index), {})[name] = number
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return facts
+    device = next(model.parameters()).device
+    return facts, {name: tensor.to(device) for name, tensor in _under("memory/", tensors).items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

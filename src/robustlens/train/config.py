@@ -21,13 +21,18 @@ Share = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class SGD(Settings):
-    """Stochastic gradient descent with (Nesterov) momentum."""
+    """Stochastic gradient descent with (Nesterov) momentum.
+
+    ``scalar_lr`` multiplies the learning rate of parameters that are a single number: Fixup trains its scalar biases
+    with 0.1 (Zhang et al. 2019, arXiv 1901.09321, the authors' code).
+    """
 
     name: Literal["sgd"] = "sgd"
     lr: Real = Field(0.05, gt=0)
     momentum: Real = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
     weight_decay: Real = Field(0.0, ge=0)
+    scalar_lr: Real = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -133,7 +138,12 @@ class TrainingConfig(Settings):
         grad_clip: largest ℓ2 norm of the whole gradient; None leaves it alone.
         averaging: decay of an exponential moving average of the weights, which is then what is validated and kept.
         augment: augmentations by name or settings, in order.
-        validate_every: epochs between validations (the last epoch is always validated).
+        validate_every: epochs between validations (the last epoch is always validated). "log" validates after 1, 2, 5,
+            10, 20, 50, … epochs and writes nothing in between, for gradient descent over very many epochs.
+        snapshots: keep the weights of every validated epoch, as ``epoch-<number>.safetensors``.
+        patience: stop after that many validations without a better robust accuracy (early stopping).
+        collapse_watch: stop when the robust accuracy on validation images falls by more than this share from one
+            validation to the next, and keep the weights before (catastrophic overfitting of single-step training).
         validation_examples: how many validation images the attack is run on.
         checkpoint_seconds: time between checkpoints inside an epoch; there is one at every epoch's end anyway.
     """
@@ -145,9 +155,21 @@ class TrainingConfig(Settings):
     grad_clip: Real | None = Field(None, gt=0)
     averaging: Real | None = Field(None, gt=0, lt=1)
     augment: tuple[str | dict[str, object], ...] = ()
-    validate_every: Whole = Field(1, ge=1)
+    validate_every: Annotated[Whole, Field(ge=1)] | Literal["log"] = 1
+    snapshots: bool = False
+    patience: Whole | None = Field(None, ge=1)
+    collapse_watch: Real | None = Field(None, gt=0, lt=1)
     validation_examples: Whole = Field(1000, ge=1)
     checkpoint_seconds: Real = Field(60.0, ge=0)
+
+    def validates(self, epoch: int) -> bool:
+        """Whether there is a validation after ``epoch`` epochs."""
+        if epoch == self.epochs:
+            return True
+        if self.validate_every == "log":
+            leading = str(epoch).rstrip("0")
+            return leading in ("1", "2", "5")
+        return epoch % self.validate_every == 0
 
     @field_validator("optimizer", mode="before")
     @classmethod

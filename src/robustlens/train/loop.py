@@ -10,18 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustlens.attacks.verify import evaluate
 from robustlens.core import discovery
 from robustlens.core.modes import untouched
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Attack, Augmentation, Batch, Objective, Regularizer, Split, Splits, Update
+from robustlens.core.types import Attack, Augmentation, Batch, Moment, Split, Splits
+from robustlens.models.adapter import load_weights
 from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
 from robustlens.train.checkpoint import load_state, require_finite, save_state, save_weights
-from robustlens.train.config import SGD, Adam, AdamW, TrainingConfig
-from robustlens.updates.descend import Descend
+from robustlens.train.config import TrainingConfig
+from robustlens.train.optimizer import make_optimizer, update_average
+from robustlens.train.recipe import Recipe
+
+ROBUST = "valid_robust_accuracy"
 
 
 class Watch(Protocol):
@@ -42,15 +46,6 @@ class Silent:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is minimised and how steps are taken: the parts of a method."""
-
-    objective: Objective
-    regularizers: tuple[Regularizer, ...] = ()
-    update: Update = field(default_factory=Descend)
-
-
 @dataclass
 class Progress:
     """Where a run stands; everything else about it follows from its seed."""
@@ -61,9 +56,12 @@ class Progress:
     correct: int = 0
     seen: int = 0
     parts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     best: float = -1.0
     best_epoch: int = 0
+    since_best: int = 0
+    stopped: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -81,17 +79,20 @@ def train(
     """Train ``model`` in place and return its per-epoch records; a run that was killed goes on where it stopped.
 
     At the end ``last.safetensors`` holds the final weights, ``best.safetensors`` those of the best robust accuracy
-    under ``validation`` on the validation split (the test split is never read), ``metrics.jsonl`` the records. The
-    model is left with its last weights, in eval mode. Every random draw comes from ``seed`` and the step's number,
-    so on one machine the result does not depend on interruptions.
+    under ``validation`` on the validation split (the test split is never read), ``metrics.jsonl`` the records, of which
+    the last says "stopped" and why where training ended early. The model is left with its last weights, in eval mode.
+    Every random draw comes from ``seed`` and the step's number, so on one machine the result does not depend on
+    interruptions.
 
     Raises:
         TrainingStopped: the loss or a weight is not finite; the last good checkpoint is kept.
-        InputError: no training or no validation examples, or a checkpoint of another architecture.
+        InputError: no training or no validation examples, a network that lacks what the recipe needs, or a checkpoint
+            of another architecture.
     """
     for name, split in (("training", splits.train), ("validation", splits.valid)):
         if not len(split):
             raise InputError(f"{name} split", expected="examples", got="none", fix="Give training images.")
+    recipe.check(model, splits.train.batch(torch.arange(min(4, len(splits.train)))).x)
     return _Trainer(model, splits, recipe, config, seed, run, validation, watch or Silent()).run_all()
 
 
@@ -115,6 +116,8 @@ class _Trainer:
         self.augment: list[Augmentation] = [discovery.build("augmentation", a) for a in config.augment]
         self.state_file = run.path / "state.safetensors"
         self.now = Progress()
+        self.memory: dict[str, Tensor] = {}
+        self.saved = time.monotonic()
 
     @property
     def kept(self) -> nn.Module:
@@ -123,15 +126,15 @@ class _Trainer:
 
     def run_all(self) -> list[dict[str, Any]]:
         if self.state_file.is_file():
-            facts = load_state(self.state_file, model=self.model, optimizer=self.optimizer, average=self.average)
+            facts, self.memory = load_state(
+                self.state_file, model=self.model, optimizer=self.optimizer, average=self.average
+            )
             self.now = Progress(**facts)
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            for epoch in range(self.now.epoch, self.config.epochs):
-                self.now.epoch = epoch
+            while self.now.epoch < self.config.epochs and not self.now.stopped:
                 self._epoch()
-        if self.average is not None:
-            self.model.load_state_dict(self.average.state_dict())
+        load_weights(self.model, self.run.path / "last.safetensors")
         self.model.eval()
         return self.now.records
 
@@ -142,30 +145,37 @@ class _Trainer:
         if len(parts) > 1 and len(parts[-1]) == 1 < size:  # BatchNorm has no variance over a single example
             parts = parts[:-1]
         total = len(parts) * self.config.epochs
-        started = saved = time.monotonic()
+        started = time.monotonic()
         before = now.seconds
         self.model.train()
         for step in range(now.step, len(parts)):
-            self._step(self.data.train.batch(parts[step]), now.epoch + step / len(parts), number=step)
+            self._steps(self.data.train.batch(parts[step]), now.epoch + step / len(parts), number=step)
             now.step = step + 1
             now.seconds = before + time.monotonic() - started
             self.watch.step(now.epoch * len(parts) + now.step, total, now.loss_sum / now.seen)
-            if time.monotonic() - saved >= self.config.checkpoint_seconds and now.step < len(parts):
+            if time.monotonic() - self.saved >= self.config.checkpoint_seconds and now.step < len(parts):
                 self._save()
-                saved = time.monotonic()
         self._finish_epoch(before + time.monotonic() - started)
 
-    def _step(self, batch: Batch, progress: float, *, number: int) -> None:
+    def _steps(self, batch: Batch, progress: float, *, number: int) -> None:
+        """Every step that the update takes on one batch."""
         config, now = self.config, self.now
         gen = generator(self.device, self.seed, "step", now.epoch, number)
         torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
         x = batch.x
         for augmentation in self.augment:
             x = augmentation.augment(x, gen=gen)
-        batch = Batch(x, batch.y, batch.index)
+        self.image = x[:1]
+        moment = Moment(progress, config.epochs, len(self.data.train), self.memory)
+        batch = Batch(x, batch.y, batch.index, moment)
         rate = config.optimizer.lr * config.schedule.scale(progress, config.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
+        for _ in range(self.recipe.update.replays):
+            self._step(batch, gen, number=number)
+
+    def _step(self, batch: Batch, gen: torch.Generator, *, number: int) -> None:
+        config, now = self.config, self.now
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.recipe.update.backward(self.model, self.recipe.objective, self.recipe.regularizers, batch, gen=gen)
         loss = terms.loss.item()
@@ -177,6 +187,7 @@ class _Trainer:
         if config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
+        self._constrain("step", now.facts)
         if self.average is not None:
             update_average(self.average, self.model, config.averaging or 0.0)
         now.loss_sum += loss * len(batch)
@@ -185,30 +196,64 @@ class _Trainer:
         for name, value in terms.parts.items():
             now.parts[name] = now.parts.get(name, 0.0) + float(value.detach()) * len(batch)
 
+    def _constrain(self, moment: str, facts: dict[str, float]) -> None:
+        for constraint in self.recipe.constraints:
+            if constraint.every == moment:
+                facts |= constraint.apply(self.model, self.image)
+
     def _finish_epoch(self, seconds: float) -> None:
         now, config = self.now, self.config
         require_finite(self.model, f"epoch {now.epoch + 1}, step {now.step}")
+        self._constrain("epoch", now.facts)
+        told = config.validates(now.epoch + 1) or config.validate_every != "log"
+        if told:
+            self._record(seconds)
+        now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
+        now.seconds = 0.0 if told else seconds
+        if told:
+            self.run.write_metrics(now.records)
+        if told or time.monotonic() - self.saved >= config.checkpoint_seconds:
+            self._save()
+        if told:
+            self.watch.epoch(now.records[-1])
+
+    def _record(self, seconds: float) -> None:
+        """Validate where it is time, keep weights, and decide whether to stop."""
+        now, config = self.now, self.config
+        epoch = now.epoch + 1
         record: dict[str, Any] = {
-            "epoch": now.epoch + 1,
+            "epoch": epoch,
             "loss": now.loss_sum / now.seen,
             "accuracy": now.correct / now.seen,
             **{name: value / now.seen for name, value in now.parts.items()},
+            **now.facts,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
         }
-        if (now.epoch + 1) % config.validate_every == 0 or now.epoch + 1 == config.epochs:
-            record |= self._validate()
-            score = record["valid_robust_accuracy"]
-            if score > now.best:
-                now.best, now.best_epoch = score, now.epoch + 1
-                save_weights(self.kept, self.run.path / "best.safetensors", {"epoch": now.epoch + 1})
         now.records.append(record)
-        now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
-        now.seconds = 0.0
-        save_weights(self.kept, self.run.path / "last.safetensors", {"epoch": now.epoch})
-        self.run.write_metrics(now.records)
-        self._save()
-        self.watch.epoch(record)
+        if config.validates(epoch):
+            before = next((r[ROBUST] for r in reversed(now.records) if ROBUST in r), None)
+            record |= self._validate()
+            if config.collapse_watch is not None:
+                record["collapse_gap"] = record["accuracy"] - record[ROBUST]
+                if before is not None and before - record[ROBUST] > config.collapse_watch:
+                    record["stopped"] = now.stopped = (
+                        f"catastrophic overfitting: the robust accuracy on validation images fell from {before:.1%} to "
+                        f"{record[ROBUST]:.1%}; the weights before epoch {epoch} are kept"
+                    )
+                    return
+            if record[ROBUST] > now.best:
+                now.best, now.best_epoch, now.since_best = record[ROBUST], epoch, 0
+                save_weights(self.kept, self.run.path / "best.safetensors", {"epoch": epoch})
+            else:
+                now.since_best += 1
+            if config.snapshots:
+                save_weights(self.kept, self.run.path / f"epoch-{epoch}.safetensors", {"epoch": epoch})
+            if now.since_best == config.patience and epoch < config.epochs:
+                record["stopped"] = now.stopped = (
+                    f"early stopping: no better robust accuracy on validation images since epoch {now.best_epoch}"
+                )
+        save_weights(self.kept, self.run.path / "last.safetensors", {"epoch": epoch})
 
     def _validate(self) -> dict[str, float]:
         gen = generator(self.device, self.seed, "validate", self.now.epoch)
@@ -222,8 +267,10 @@ class _Trainer:
             model=self.model,
             optimizer=self.optimizer,
             average=self.average,
+            memory=self.memory,
             facts=vars(self.now),
         )
+        self.saved = time.monotonic()
 
 
 def validate(
@@ -238,26 +285,4 @@ def validate(
             clean += int(found.clean_correct.sum())
             robust += int(found.robust.sum())
     n = len(split)
-    return {"valid_loss": loss / n, "valid_accuracy": clean / n, "valid_robust_accuracy": robust / n}
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The torch optimizer that ``config.optimizer`` describes."""
-    choice = config.optimizer
-    fields = choice.model_dump(exclude={"name"})
-    if isinstance(choice, SGD):
-        return torch.optim.SGD(model.parameters(), **fields)
-    if isinstance(choice, Adam):
-        return torch.optim.Adam(model.parameters(), **fields)
-    if isinstance(choice, AdamW):
-        return torch.optim.AdamW(model.parameters(), **fields)
-    return torch.optim.RMSprop(model.parameters(), **fields)
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · weights; buffers are copied."""
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
-    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
-        kept.copy_(buffer)
+    return {"valid_loss": loss / n, "valid_accuracy": clean / n, ROBUST: robust / n}

@@ -1,0 +1,284 @@
+"""The maximum margin regularizer: wide linear regions around the images, and decision boundaries far from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from robustlens.core.modes import untouched
+from robustlens.core.passes import Passes
+from robustlens.core.types import Crafted, Moment, Terms
+from robustlens.regularizers.second_derivative import require_second_derivative
+from robustlens.results.errors import InputError
+from robustlens.threats.lp import NORMS, Norm
+
+#: Modules whose kink at 0 bounds the linear regions.
+BENDS = (nn.ReLU, nn.LeakyReLU)
+
+#: How autograd calls the operations that have kinks; max-pooling is left out.
+KINKS = ("Relu", "LeakyRelu", "PreluKernel", "Threshold", "Clamp", "Hardtanh", "Abs", "Maximum", "Minimum")
+
+
+class Near(NamedTuple):
+    """The boundaries that a hinge reaches, all (P,): ``column`` counts hidden units first and then classes.
+
+    ``share`` is what a whole hinge adds to the penalty.
+    """
+
+    example: Tensor
+    column: Tensor
+    hidden: Tensor
+    gamma: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMR:
+    """λ s · mean [ 1/k_B Σ_{k_B nearest units} [1 − d_B/γ_B]₊ + 1/K Σ_{k≠y} [1 − d_D/γ_D]₊ ].
+
+    In the linear region of the clean image x, unit j is v_j·x + a_j before its ReLU, and class k has the logit
+    V_k·x + a_k. The region ends at d_B = |v_j·x + a_j| / ‖v_j‖_q, the decision at the signed
+    d_D = (f_y − f_k) / ‖V_y − V_k‖_q, with q the dual of ``norm``. Within the region both are exact distances.
+
+    As in the authors' code: all classes count (k_D = K), and the divisor stays K although y itself adds nothing; with
+    e = 1, 2, … the epoch, s = min(e / ``warmup``, 1), and k_B moves from ``first`` to ``last`` of all units as
+    int(first + (last − first) · e / epochs). Unlike there, rows at the border of a padded first layer are exact,
+    nothing is added to small entries of v_j, a unit that is constant on the region (v_j = 0) has no boundary, and
+    beside adversarial training the penalty stays with the clean images.
+
+    The network runs in eval mode: no dropout, BatchNorm an affine map. Where max-pooling switches is not counted.
+
+    Which boundaries are near is searched without gradient, one column of the Jacobian a pixel, which gives ‖v_j‖ of
+    all units at once. Only the hinges that are not zero are then differentiated, one row each; the result is exact.
+    Their gradient is summed ``chunk`` rows at a time, so that memory does not grow with k_B; the penalty can
+    be differentiated once, and with respect to the weights alone.
+
+    Cost a step: 1 forward pass, C·H·W tangent ones, and at most k_B + K − 1 weight passes with double backward.
+    ``passes`` counts these for lenet-small on MNIST (784 pixels, 4,804 units of which 6 % on average, 10 classes).
+
+    Attributes:
+        weight: λ.
+        gamma_b, gamma_d: distances, in pixels of [0, 1], from which on a boundary is far enough.
+        norm: of the threat: "linf", "l2" or "l1".
+        warmup: epochs over which s grows to 1.
+        first, last: share of the hidden units that count, in the first and in the last epoch.
+        chunk: images that are processed at a time.
+
+    Raises:
+        InputError: a negative weight or warmup, a distance ≤ 0, shares outside [0, 1], a chunk below 1; a network
+            that is not piecewise linear, or that bends elsewhere than in nn.ReLU and nn.LeakyReLU modules.
+    """
+
+    name: ClassVar[str] = "mmr"
+    reference: ClassVar[str] = "Croce, Andriushchenko & Hein 2019, arXiv 1810.07481, §4 (MMR), and the authors' code"
+
+    weight: float = 1.0
+    gamma_b: float = 1.0
+    gamma_d: float = 1.0
+    norm: Norm = "l2"
+    warmup: float = 10.0
+    first: float = 0.1
+    last: float = 0.02
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        for field, right, expected in (
+            ("weight", self.weight >= 0, "a number ≥ 0"),
+            ("gamma_b", self.gamma_b > 0, "a distance > 0"),
+            ("gamma_d", self.gamma_d > 0, "a distance > 0"),
+            ("norm", self.norm in NORMS, "linf, l2 or l1"),
+            ("warmup", self.warmup >= 0, "epochs ≥ 0"),
+            ("first", 0 <= self.first <= 1, "a share in [0, 1]"),
+            ("last", 0 <= self.last <= 1, "a share in [0, 1]"),
+            ("chunk", self.chunk >= 1, "1 or more"),
+        ):
+            if not right:
+                raise InputError(
+                    f"mmr {field}", expected=expected, got=str(getattr(self, field)), fix="Correct the value."
+                )
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(weight=0.5, gamma_b=0.2, gamma_d=0.3, norm="linf", warmup=0, first=1.0, last=0.5, chunk=5)]
+
+    @classmethod
+    def neutral(cls) -> Self:
+        """The setting that equals standard training bit for bit."""
+        return cls(weight=0.0)
+
+    @property
+    def passes(self) -> Passes:
+        rows = 0.06 * 4804 + 9
+        return Passes(forward=1, tangent=784, weights=round(rows), double=round(rows))
+
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Refuse a network whose linear regions are not those of its ReLU modules."""
+        if not any(isinstance(module, BENDS) for module in model.modules()):
+            raise InputError(
+                "a network under mmr",
+                expected="nn.ReLU or nn.LeakyReLU modules",
+                got="none",
+                fix="Write activations as modules, not as functions, so that their inputs can be seen.",
+            )
+        require_second_derivative(model, x, self.name)
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), evaluating(model):
+            seen, logits = observed(model, x)
+            kinks = Counter(_kinks(logits))
+            if kinks.total() > len(seen):
+                raise InputError(
+                    "a network under mmr",
+                    expected=f"the {len(seen)} calls of its ReLU modules to be all that bends it",
+                    got=", ".join(f"{number} {name}" for name, number in kinks.items()),
+                    fix="Write every activation as an nn.ReLU or nn.LeakyReLU module.",
+                )
+            mixed = (logits * torch.arange(logits.shape[1], device=x.device)).sum()
+            (slope,) = torch.autograd.grad(mixed, x, create_graph=True)
+            curved = None
+            if slope.requires_grad:
+                (curved,) = torch.autograd.grad((slope * slope.detach()).sum(), x, allow_unused=True)
+            if curved is not None and bool(curved.any()):
+                raise InputError(
+                    "a network under mmr",
+                    expected="a piecewise linear network",
+                    got="second derivatives that are not zero",
+                    fix="Take ReLU for other activations, and do not standardise each image by its own statistics.",
+                )
+
+    def penalty(self, model: nn.Module, crafted: Crafted, terms: Terms, *, gen: Generator) -> Tensor:
+        if self.weight == 0:
+            return crafted.x_adv.new_zeros(())
+        return self.value(model, crafted, terms, self.search(model, crafted, gen=gen))
+
+    def search(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> Near:
+        """The boundaries within γ among the nearest of each image."""
+        batch = crafted.batch
+        x, y = batch.x.detach(), batch.y
+        with untouched(model), torch.enable_grad():
+            inside, margins = crossings(model, x, y)
+            sizes = self._sizes(model, x, y)
+        units, classes = inside.shape[1], margins.shape[1]
+        distance = torch.cat([inside.abs(), margins], 1) / sizes
+        distance = torch.where(sizes > 0, distance, torch.inf)
+        ramp, count = self.schedule(batch.moment, units)
+        counted = torch.ones_like(distance, dtype=torch.bool)
+        nearest = distance[:, :units].topk(count, largest=False).indices
+        counted[:, :units] = torch.zeros_like(counted[:, :units]).scatter_(1, nearest, True)
+        hidden = torch.arange(units + classes, device=x.device) < units
+        gamma = distance.new_full((units + classes,), self.gamma_d).masked_fill(hidden, self.gamma_b)
+        share = self.weight * ramp / len(x) / torch.where(hidden, count, classes).to(x.dtype)
+        example, column = (counted & (distance < gamma)).nonzero(as_tuple=True)
+        return Near(example, column, hidden[column], gamma[column], share[column])
+
+    def value(self, model: nn.Module, crafted: Crafted, terms: Terms, found: Near) -> Tensor:
+        """The penalty (scalar) over the boundaries in ``found``."""
+        total = crafted.batch.x.new_zeros(())
+        if len(found.example) == 0:
+            return total
+        weights = [p for p in model.parameters() if p.requires_grad]
+        slopes = [torch.zeros_like(p) for p in weights]
+        with evaluating(model):
+            for part in zip(*(torch.split(each, self.chunk) for each in found), strict=True):
+                hinges = self._hinges(model, crafted, Near(*part))
+                for slope, new in zip(slopes, torch.autograd.grad(hinges, weights, allow_unused=True), strict=True):
+                    if new is not None:
+                        slope += new
+                total = total + hinges.detach()
+        # Adds 0, and has the gradient that was summed: no graph outlives its chunk.
+        for p, slope in zip(weights, slopes, strict=True):
+            total = total + ((p - p.detach()) * slope).sum()
+        return total
+
+    def schedule(self, moment: Moment, units: int) -> tuple[float, int]:
+        """s and k_B in the epoch of ``moment``, for a network with so many hidden units."""
+        epoch = int(moment.epoch) + 1
+        first, last = int(self.first * units), int(self.last * units)
+        count = int(first + (last - first) * epoch / moment.epochs)
+        return min(epoch / self.warmup, 1.0) if self.warmup else 1.0, max(count, 1)
+
+    def _hinges(self, model: nn.Module, crafted: Crafted, near: Near) -> Tensor:
+        x = crafted.batch.x.detach()[near.example].requires_grad_()
+        columns = torch.cat(crossings(model, x, crafted.batch.y[near.example]), 1)
+        height = columns.gather(1, near.column[:, None])[:, 0]
+        (rows,) = torch.autograd.grad(height.sum(), x, create_graph=True)
+        order = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}[self.norm]
+        distance = torch.where(near.hidden, height.abs(), height) / rows.flatten(1).norm(order, dim=1)
+        return (near.share * F.relu(1 - distance / near.gamma)).sum()
+
+    def _sizes(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """‖v_j‖_q of all units and ‖V_y − V_k‖_q of all classes (B, U + K), some pixels at a time.
+
+        u ↦ Jᵀu is linear, so that its derivative along a pixel is a column of J. One graph serves all pixels.
+        """
+        copies, pixels = max(1, self.chunk // len(x)), torch.arange(x[0].numel(), device=x.device)
+        many = x.repeat(copies, 1, 1, 1).requires_grad_()
+        columns = torch.cat(crossings(model, many, y.repeat(copies)), 1)
+        u = torch.zeros_like(columns, requires_grad=True)
+        (pulled,) = torch.autograd.grad(columns, many, u, create_graph=True)
+        sizes = torch.zeros_like(columns[: len(x)])
+        for first in range(0, len(pixels), copies):
+            part = torch.arange(first, first + copies, device=x.device)
+            pixel = (part[:, None] == pixels).to(x.dtype).view(copies, 1, *x.shape[1:])
+            (slopes,) = torch.autograd.grad(pulled, u, pixel.expand(-1, *x.shape).reshape_as(many), retain_graph=True)
+            slopes = slopes.view(copies, *sizes.shape)
+            if self.norm == "l2":
+                sizes = sizes + slopes.square().sum(0)
+            elif self.norm == "linf":
+                sizes = sizes + slopes.abs().sum(0)
+            else:
+                sizes = torch.maximum(sizes, slopes.abs().amax(0))
+        return sizes.sqrt() if self.norm == "l2" else sizes
+
+
+def crossings(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What is 0 on the boundaries: the inputs of all ReLUs (B, U), and f_y − f_k of all classes (B, K)."""
+    seen, logits = observed(model, x)
+    return torch.cat(seen, 1), logits.gather(1, y[:, None]) - logits
+
+
+def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The flat input of every call of a ReLU module in one forward pass, in order, and the logits."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        seen.append(inputs[0].flatten(1))
+        return (inputs[0].clone(),) if module.inplace else None
+
+    hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, BENDS)]
+    try:
+        logits = model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen, logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's mode restored at the end; the weights can be differentiated."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
+
+
+def _kinks(logits: Tensor) -> Iterator[str]:
+    """The names of the operations with kinks that ``logits`` were computed by."""
+    todo, seen = [logits.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+            if node.name().startswith(KINKS):
+                yield node.name()
