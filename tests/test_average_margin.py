@@ -56,7 +56,7 @@ def printed(reg: AverageMargin, model: nn.Module, x: Tensor, y: Tensor) -> Tenso
             total = total - torch.clamp(alpha, min=0, max=reg.tau)
         else:
             total = total + torch.clamp(reg.tau - alpha, min=0)
-    return reg.lam * total / len(y)
+    return reg.weight * total / len(y)
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -65,7 +65,7 @@ def printed(reg: AverageMargin, model: nn.Module, x: Tensor, y: Tensor) -> Tenso
 def test_value_and_gradient_against_the_printed_equation(
     variant: str, exact: bool, tau: float, mlp: nn.Module, images: Tensor, labels: Tensor
 ) -> None:
-    reg = AverageMargin(variant=variant, exact=exact, tau=tau, lam=0.3)
+    reg = AverageMargin(variant=variant, exact=exact, tau=tau, weight=0.3)
     crafted = crafted_of(images.double(), labels)
     ours = reg.penalty(mlp, crafted, terms_of(mlp, crafted), gen=gen())
     theirs = printed(reg, mlp, crafted.batch.x, labels)
@@ -100,7 +100,7 @@ def test_binary_logistic_regression_has_the_truncated_signed_margin(tau: float, 
     UnitRows().apply(model, images[:1])
     x, y = images.double(), torch.arange(len(images)) % 2
     crafted = crafted_of(x, y)
-    value = AverageMargin(tau=tau, lam=0.7).penalty(model, crafted, terms_of(model, crafted), gen=gen())
+    value = AverageMargin(tau=tau, weight=0.7).penalty(model, crafted, terms_of(model, crafted), gen=gen())
     distances = (x.flatten(1) @ model.fc.weight[0]).tolist()
     wanted = -0.7 * sum(
         min(max(s * d, 0.0), tau) for s, d in zip((2 * y - 1).tolist(), distances, strict=True)
@@ -112,7 +112,7 @@ def test_exact_margin_is_the_distance_at_which_a_linear_prediction_changes(image
     model = build("model", "softmax-regression").build((1, 8, 8), 4).double()
     nn.init.normal_(model.head.weight, generator=gen(2))
     nn.init.normal_(model.head.bias, generator=gen(3))
-    reg = AverageMargin(exact=True, tau=1e9, lam=1.0)
+    reg = AverageMargin(exact=True, tau=1e9, weight=1.0)
     w = model.head.weight.detach()
     for x in images.double()[:, None]:
         y = model(x).argmax(1)
@@ -164,14 +164,14 @@ def test_margins_are_those_of_the_clean_images(mlp: nn.Module, images: Tensor, l
 
 
 @pytest.mark.parametrize(
-    ("variant", "lam", "tau"),
+    ("variant", "weight", "tau"),
     [("paper", 0.1, 10.0), ("paper", 5.0, 1.0), ("paper", 0.5, 0.0), ("hinge", 0.1, 10.0), ("hinge", 5.0, 1.0)],
 )
-def test_fisher_consistency(variant: str, lam: float, tau: float) -> None:
+def test_fisher_consistency(variant: str, weight: float, tau: float) -> None:
     """Theorem 2: minimisers of C_η(α) = η ℓ(α) + (1 − η) ℓ(−α) have the sign of 2η − 1, strictly."""
     psi = AverageMargin(variant=variant, tau=tau).psi
     alpha = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
-    loss = lambda t: nn.functional.softplus(-t) + lam * psi(t)  # noqa: E731
+    loss = lambda t: nn.functional.softplus(-t) + weight * psi(t)  # noqa: E731
     for eta in (0.1, 0.3, 0.45, 0.49, 0.51, 0.6, 0.9):
         risk = eta * loss(alpha) + (1 - eta) * loss(-alpha)
         wrong = alpha * (2 * eta - 1) <= 0
@@ -186,7 +186,7 @@ def test_the_printed_definition_of_fisher_consistency_is_a_misprint() -> None:
 
 
 def test_errors() -> None:
-    for field in ("lam", "tau"):
+    for field in ("weight", "tau"):
         with pytest.raises(InputError, match=f"average-margin {field}: expected a number ≥ 0, got -1"):
             AverageMargin(**{field: -1.0})
         with pytest.raises(InputError):
@@ -231,7 +231,7 @@ def test_projected_descent_stops_where_the_gradient_is_radial(images: Tensor) ->
     model = build("model", "logistic").build((1, 8, 8), 2).double()
     nn.init.normal_(model.fc.weight, generator=gen(4))
     crafted = crafted_of(images.double(), torch.arange(len(images)) % 2)
-    reg, w = AverageMargin(lam=0.5, tau=100.0), model.fc.weight
+    reg, w = AverageMargin(weight=0.5, tau=100.0), model.fc.weight
     for _ in range(3000):
         terms = terms_of(model, crafted)
         (grad,) = torch.autograd.grad(terms.loss + reg.penalty(model, crafted, terms, gen=gen()), w)

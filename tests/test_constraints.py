@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustlens.attacks.pgd import PGD
 from robustlens.constraints.parseval import Parseval
 from robustlens.constraints.spectral_clip import SpectralClip
-from robustlens.core.discovery import discover
+from robustlens.core.discovery import build
 from robustlens.linalg.layers import ConvOperator, Skipped, operators
 from robustlens.linalg.spectra import circular_conv_norm
 from robustlens.methods import cisse_2017, wen_2020
@@ -199,7 +199,7 @@ def test_parseval_settings() -> None:
 def test_presets_can_be_built(preset: Preset, protocol: str) -> None:
     method = MethodConfig.model_validate({"label": preset.name, **preset.settings(protocol)})
     recipe, training = make_recipe(method), TrainingConfig.model_validate(method.training)
-    assert preset.model in discover("model") and str(Lp.parse(preset.threat)) and training.epochs in (90, 200)
+    assert build("model", preset.model) and str(Lp.parse(preset.threat)) and training.epochs in (90, 200)
     assert bool(preset.sound) == bool(preset.differs)
     if preset.sound:
         assert [c.how for c in recipe.constraints] == ["clip" if protocol == "paper" else "alternating"]

@@ -12,6 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from robustlens.cli import app
+from robustlens.core.discovery import discover
+from robustlens.studies.config import make_study
+from robustlens.studies.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +56,20 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert result.exit_code == 0, result.output
     assert (tmp_path / "runs/lipschitz/report.html").is_file()
     assert list((tmp_path / "figures").glob("*.svg"))
+
+
+def test_how_to_choose_names_every_method_and_its_studies_can_be_planned() -> None:
+    text = (ROOT / "docs/how-to-choose.md").read_text()
+    for kind in ("objective", "regularizer", "update", "constraint"):
+        missing = [name for name in discover(kind) if f"| `{name}` " not in text]
+        assert not missing, kind
+    together, papers = (tomllib.loads(block)["methods"] for block in blocks("docs/how-to-choose.md", "toml"))
+    base = {"data": {"source": "mnist5k"}, "model": "lenet", "threat": "l2:1.5"}
+    (run,) = make_plan(make_study({**base, "methods": together})).runs
+    assert [r.name for r in run.recipe.regularizers] == ["average-margin"]
+    assert [c.name for c in run.recipe.constraints] == ["spectral-clip"]
+    first, second = make_plan(make_study({**base, "methods": papers})).runs
+    assert second.start is first
 
 
 def test_every_link_in_the_docs_leads_somewhere() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from test_study import settings as two_seeds
 
@@ -14,6 +15,7 @@ from robustlens.core import discovery
 from robustlens.core.types import Batch, Moment
 from robustlens.methods.preset import find_preset, presets
 from robustlens.results.errors import InputError
+from robustlens.show import catalogue
 from robustlens.studies.config import make_study, read_study, single_run, write_study
 from robustlens.studies.plan import make_plan, make_recipe
 from robustlens.studies.run import run_study
@@ -149,3 +151,12 @@ def test_constraints_are_part_of_the_address() -> None:
     methods = [{"label": "a"}, {"label": "b", "constraints": ["spectral-clip"]}]
     one, other = make_plan(make_study(settings(methods=methods))).runs
     assert one.hash != other.hash
+
+
+def test_list_methods_shows_every_preset_with_cost_and_source(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=400)
+    catalogue(console, "methods")
+    shown = capsys.readouterr().out
+    for name, preset in presets().items():
+        row = next(line for line in shown.splitlines() if f" {name} " in line)
+        assert preset.reference[:20] in row and ("weight" in row) and ("@sound" in row) == bool(preset.sound)

@@ -119,23 +119,22 @@ def catalogue(console: Console, kind: str | None) -> None:
 
 
 def _methods() -> Table:
-    """Every method that has presets: the parts, what a step costs, where the settings come from."""
+    """Every preset: what the steps on a batch cost, and where its settings come from; a line between methods."""
     from itertools import groupby
 
     from robustlens.methods.preset import presets
     from robustlens.studies.plan import preset_recipe
 
-    shown = Table(title="method", title_justify="left", title_style="bold", show_lines=True)
-    for title in ("method", "presets", "passes a step", "reference"):
-        shown.add_column(title, overflow="fold")
-    for method, group in groupby(presets().values(), key=lambda preset: preset.method):
-        every = list(group)
-        names = [
-            f"{p.name}{'@paper | @sound' if p.sound else ''}{' (fine-tunes)' if p.fine_tunes else ''}" for p in every
-        ]
-        costs = dict.fromkeys(str(preset_recipe(p.name).passes) for p in every)
-        sources = dict.fromkeys(p.reference for p in every)
-        shown.add_row(method, *("\n".join(map(escape, texts)) for texts in (names, costs, sources)))
+    shown = Table(title="method", title_justify="left", title_style="bold")
+    shown.add_column("preset", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    shown.add_column("passes a batch")
+    shown.add_column("reference")
+    for _, group in groupby(presets().values(), key=lambda preset: preset.method):
+        for each in group:
+            kind = ", ".join(["@paper | @sound"] * bool(each.sound) + ["fine-tunes"] * each.fine_tunes)
+            shown.add_row(each.name, kind, str(preset_recipe(each.name).passes), escape(each.reference))
+        shown.add_section()
     return shown
 
 

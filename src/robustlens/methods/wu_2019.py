@@ -53,7 +53,7 @@ def training(data: str, model: str, lr: float, *, epochs: int = 0, weight_decay:
 
 def margins(tau: float, variant: str, beta: float) -> list[dict[str, Any]]:
     return [
-        {"name": "average-margin", "lam": 0.1, "tau": tau, "variant": variant},
+        {"name": "average-margin", "weight": 0.1, "tau": tau, "variant": variant},
         {"name": "orthogonality", "beta": beta},
     ]
 

@@ -35,7 +35,7 @@ class AverageMargin:
     are merely inflated.
 
     Attributes:
-        lam: λ; 0.1 for every network of the paper.
+        weight: λ; 0.1 for every network of the paper.
         tau: τ, in units of logits (of the distance with ``exact``), of the order of the network's Lipschitz constant.
             10 is the paper's for its two CNNs and CIFAR-MLP; 5 linear models and MNIST-MLP, 40 LeNets, 50 ConvNet.
             The published MNIST-CNN had 40.
@@ -49,13 +49,13 @@ class AverageMargin:
     name: ClassVar[str] = "average-margin"
     reference: ClassVar[str] = "Wu & Yu 2019, arXiv 1907.11780, eq. 9, 14 and 15, second term (with orthogonality: AMR)"
 
-    lam: float = 0.1
+    weight: float = 0.1
     tau: float = 10.0
     variant: Literal["paper", "hinge"] = "paper"
     exact: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("lam", "tau"):
+        for field in ("weight", "tau"):
             value = getattr(self, field)
             if not value >= 0:
                 raise InputError(
@@ -69,7 +69,7 @@ class AverageMargin:
     @classmethod
     def neutral(cls) -> Self:
         """The setting that equals standard training bit for bit."""
-        return cls(lam=0.0)
+        return cls(weight=0.0)
 
     @property
     def passes(self) -> Passes:
@@ -85,7 +85,7 @@ class AverageMargin:
             )
 
     def penalty(self, model: nn.Module, crafted: Crafted, terms: Terms, *, gen: Generator) -> Tensor:
-        if self.lam == 0:
+        if self.weight == 0:
             return crafted.x_adv.new_zeros(())
         batch, logits = crafted.batch, terms.clean_logits
         if logits is None:
@@ -97,7 +97,7 @@ class AverageMargin:
             margin = feature_distance(logits, batch.y, head)
         else:
             margin = logit_margin(logits, batch.y)
-        return self.lam * self.psi(margin).mean()
+        return self.weight * self.psi(margin).mean()
 
     def psi(self, margin: Tensor) -> Tensor:
         """What one margin costs, before λ: −[t]₀^τ or H_τ(t), of the same shape."""
