@@ -33,12 +33,17 @@ class RunInUse(InputError):
     """Another process holds the run directory."""
 
 
+#: Names that an error message lists at most.
+MANY = 40
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that nobody knows, with the nearest one that exists."""
+    """The error for a name that nobody knows, with the nearest one that exists; of very many the first are named."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     fix = f"Did you mean {near[0]!r}?" if near else "See `robustlens list`."
-    return InputError(kind, expected=f"one of {', '.join(names)}", got=repr(name), fix=fix)
+    more = f", … ({len(names)} in all)" if len(names) > MANY else ""
+    return InputError(kind, expected=f"one of {', '.join(names[:MANY])}{more}", got=repr(name), fix=fix)
 
 
 def wanted(problem: str) -> str:
