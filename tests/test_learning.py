@@ -1,8 +1,7 @@
 """What each method buys on full MNIST, in a short run: robust accuracy beside standard training of the same length.
 
 LeNetSmall, one epoch of Adam, the first 1,000 test images, PGD with the margin loss (50 steps, 2 restarts). Each row
-names the radius and the least gain; where the honest answer is "no gain", the row says so and its bound is the most
-that was left between the two. Gains are paired differences with bootstrap intervals (95 %), which must lie on the side
+names the radius and the least gain; where the honest answer is "little or none", the row says so: at most 10 points. Gains are paired differences with bootstrap intervals (95 %), which must lie on the side
 that the row claims.
 """
 
@@ -33,7 +32,7 @@ pytestmark = [needs_data, pytest.mark.slow]
 PGD5 = {"name": "pgd", "threat": "l2:1.5", "steps": 5}
 FGSM = {"name": "adversarial", "attack": {"name": "fgsm", "threat": "linf:0.1"}}
 
-#: Method → (settings, threat it is judged by, least gain in points; None claims no gain of more than 5 points).
+#: Method → (settings, threat it is judged by, least gain in points; None claims at most 10 points).
 ROWS: dict[str, tuple[dict[str, Any], str, float | None]] = {
     "pgd": ({"objective": {"name": "adversarial", "attack": PGD5}}, "l2:1.5", 20),
     "trades": ({"objective": {"name": "trades", "threat": "l2:1.5", "steps": 5}}, "l2:1.5", 20),
@@ -120,4 +119,4 @@ def test_learning(name: str, digits: Splits, standard: dict[str, np.ndarray], tm
     low, high = np.quantile(gains, [0.025, 0.975])
     said = f"{name}: {100 * ours.mean():.1f} against {100 * theirs.mean():.1f}, gain [{low:.1f}, {high:.1f}]"
     print(said)
-    assert high < 5 if least is None else low > least, said
+    assert high < 10 if least is None else low > least, said
