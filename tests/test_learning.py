@@ -1,8 +1,8 @@
 """What each method buys on full MNIST, in a short run: robust accuracy beside standard training of the same length.
 
 LeNetSmall, one epoch of Adam, the first 1,000 test images, PGD with the margin loss (50 steps, 2 restarts). Each row
-names the radius and the least gain; where the honest answer is "little or none", the row says so: at most 10 points. Gains are paired differences with bootstrap intervals (95 %), which must lie on the side
-that the row claims.
+names the radius and the least gain; where the honest answer is "little or none", the row says so: at most 10 points.
+Gains are paired differences with bootstrap intervals (95 %), which must lie on the side that the row claims.
 """
 
 from __future__ import annotations
