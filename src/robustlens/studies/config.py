@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from robustlens.core.discovery import discover
 from robustlens.data.config import DataConfig
-from robustlens.methods.preset import find_preset, presets
+from robustlens.methods.preset import find_preset
 from robustlens.results.errors import InputError, unknown_name, wanted
 from robustlens.train.config import Settings, TrainingConfig
 
@@ -253,7 +253,7 @@ def single_run(
 def _against(method: str, threat: str) -> Plugin:
     known = {"standard", "noise", *discover("attack")}
     if method not in known and ":" not in method:
-        raise unknown_name("method", method, known | set(presets()))
+        raise unknown_name("method", method, known)
     if method == "standard":
         return method
     if method == "noise":
