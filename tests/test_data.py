@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA, needs
 
 from robustlens.core.rng import generator
 from robustlens.core.types import Splits
@@ -21,13 +20,6 @@ from robustlens.data.raw import Fit
 from robustlens.data.sources import load, open_source
 from robustlens.data.splitting import stratified_order
 from robustlens.results.errors import InputError
-
-ROOT = os.environ.get("ROBUSTLENS_DATA", "")
-
-
-def needs(name: str) -> pytest.MarkDecorator:
-    missing = not ROOT or not Path(ROOT, name).is_dir()
-    return pytest.mark.skipif(missing, reason=f"needs the directory {name} under ROBUSTLENS_DATA")
 
 
 def pixels(n: int, h: int = 6, w: int = 6, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -54,17 +46,17 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "split", "shape", "digest", "means"),
     [
-        pytest.param("mnist", "train", (60000, 1, 28, 28), "741c988805d008ac", [0.13066], marks=needs("mnist")),
-        pytest.param("mnist", "test", (10000, 1, 28, 28), "6d87418db22cc802", None, marks=needs("mnist")),
+        pytest.param("mnist", "train", (60000, 1, 28, 28), "741c988805d008ac", [0.13066], marks=needs(DATA / "mnist")),
+        pytest.param("mnist", "test", (10000, 1, 28, 28), "6d87418db22cc802", None, marks=needs(DATA / "mnist")),
         pytest.param(
             "cifar10",
             "train",
             (50000, 3, 32, 32),
             "0d3b9e0f5c36ef04",
             [0.49139968, 0.48215841, 0.44653091],
-            marks=needs("cifar10"),
+            marks=needs(DATA / "cifar10"),
         ),
-        pytest.param("cifar10", "test", (10000, 3, 32, 32), "e08ae07d698196c7", None, marks=needs("cifar10")),
+        pytest.param("cifar10", "test", (10000, 3, 32, 32), "e08ae07d698196c7", None, marks=needs(DATA / "cifar10")),
     ],
 )
 @pytest.mark.usefixtures("no_network")
@@ -80,7 +72,7 @@ def test_published_pixels(
         assert found.tolist() == pytest.approx(means, abs=5e-6)
 
 
-@needs("mnist")
+@needs(DATA / "mnist")
 def test_mnist_zero_against_one() -> None:
     splits = load(DataConfig(source="mnist", classes=[0, 1]))
     assert len(splits.train) + len(splits.valid) == 12_665 and len(splits.test) == 2_115
@@ -89,7 +81,7 @@ def test_mnist_zero_against_one() -> None:
     assert splits.test.labels.bincount().tolist() == [980, 1135]
 
 
-@needs("tiny-imagenet-20")
+@needs(DATA / "tiny-imagenet-20")
 def test_tiny_imagenet_is_tested_on_its_validation_split(caplog: pytest.LogCaptureFixture) -> None:
     splits = load(DataConfig(source="tiny-imagenet-20", train=300, valid=40, size=56, train_size=64))
     assert "validation split is used as the test split" in caplog.text

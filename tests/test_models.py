@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA, NETWORKS, needs
 from test_model_forwards import images, randomized
 from torch import nn
 from torch.nn import functional as F
@@ -346,18 +345,17 @@ def mnist_test() -> tuple[torch.Tensor, torch.Tensor]:
     import pyarrow.parquet as pq
     from PIL import Image
 
-    table = pq.read_table(Path(os.environ["ROBUSTLENS_DATA"]) / "mnist" / "test-00000-of-00001.parquet").to_pydict()
+    table = pq.read_table(DATA / "mnist" / "test-00000-of-00001.parquet").to_pydict()
     pixels = np.stack([np.array(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"]])
     return torch.from_numpy(pixels)[:, None].float() / 255, torch.tensor(table["label"])
 
 
-@pytest.mark.skipif("ROBUSTLENS_DATA" not in os.environ, reason="ROBUSTLENS_DATA is unset: no MNIST test images")
+@needs(DATA / "mnist", NETWORKS)
 def test_published_networks_have_their_published_accuracy():
     """The networks behind table 1 of Wu and Yu, over all 10,000 test images."""
     x, y = mnist_test()
     x = x.contiguous(memory_format=torch.channels_last)
     assert len(y) == 10_000
-    files = Path(os.environ["ROBUSTLENS_DATA"]).parent / "checkpoints" / "003"
     published = [
         ("mnist-cnn", "mnist-cnn-std", 9914),
         ("mnist-cnn", "mnist-cnn-lcr", 9929),
@@ -366,7 +364,7 @@ def test_published_networks_have_their_published_accuracy():
     ]
     for name, file, wanted in published:
         model = build("model", name).build(MNIST, 10).eval()
-        load_weights(model, files / f"{file}.safetensors")
+        load_weights(model, NETWORKS / f"{file}.safetensors")
         model = model.to(memory_format=torch.channels_last)
         with torch.inference_mode():
             correct = sum(

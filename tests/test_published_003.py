@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import gen
+from conftest import DATA, NETWORKS, gen, needs
 from torch import Tensor, nn
 
 from robustlens.core.discovery import build
@@ -19,9 +16,7 @@ from robustlens.objectives.standard import Standard
 from robustlens.regularizers.average_margin import AverageMargin
 from robustlens.regularizers.orthogonality import Orthogonality
 
-pytestmark = pytest.mark.skipif(
-    "ROBUSTLENS_DATA" not in os.environ, reason="ROBUSTLENS_DATA is unset: no MNIST, no published networks"
-)
+pytestmark = needs(DATA / "mnist", NETWORKS)
 
 NOTHING = Crafted(Batch(torch.zeros(1, 1, 1, 1), torch.zeros(1).long(), torch.zeros(1).long()), torch.zeros(1, 1, 1, 1))
 NO_TERMS = Terms(torch.zeros(()), torch.zeros(1, 2))
@@ -31,8 +26,7 @@ TALL = 32 - 9
 
 def published(which: str) -> nn.Module:
     model = build("model", "mnist-cnn").build((1, 28, 28), 10).eval()
-    file = Path(os.environ["ROBUSTLENS_DATA"]).parent / "checkpoints" / "003" / f"mnist-cnn-{which}.safetensors"
-    load_weights(model, file)
+    load_weights(model, NETWORKS / f"mnist-cnn-{which}.safetensors")
     return model.to(memory_format=torch.channels_last)
 
 

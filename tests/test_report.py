@@ -323,7 +323,9 @@ def test_report_never_loads_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page with")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed (apt install chromium): the page cannot be opened"
+)
 def test_a_browser_without_network_draws_every_chart(page: Path, elements: Elements, tmp_path: Path) -> None:
     probe = """<script>
     const ready = () => {
