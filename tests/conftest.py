@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+from robustlens.core.types import Batch, Crafted, Terms
+
 torch.set_num_threads(1)
 
 #: Where the full data sets lie, as the product looks for them; the published networks lie beside them.
@@ -61,6 +63,29 @@ def net() -> nn.Module:
         return SmallNet()
 
 
+def double_net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return SmallNet().double()
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """One hidden layer of ReLUs, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4)).double()
+
+
+@pytest.fixture
+def smooth() -> nn.Module:
+    """A curved network with second derivatives everywhere, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        layers = nn.Conv2d(1, 3, 3), nn.Softplus(beta=8), nn.Flatten(), nn.Linear(108, 4)
+        return nn.Sequential(*layers).double()
+
+
 @pytest.fixture
 def linear() -> nn.Module:
     """Softmax regression on 8 × 8 images with 4 classes, weights of unit scale."""
@@ -69,3 +94,38 @@ def linear() -> nn.Module:
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
         nn.init.normal_(model[1].weight)
         return model
+
+
+@pytest.fixture
+def batch(images: Tensor, labels: Tensor) -> Batch:
+    return Batch(images.double(), labels, torch.arange(len(labels)))
+
+
+@pytest.fixture
+def crafted(batch: Batch) -> Crafted:
+    """Clean images, as a regularizer sees them that differentiates its inputs."""
+    x = batch.x.requires_grad_()
+    return Crafted(batch, x)
+
+
+#: What a regularizer gets that does not look at the objective's results.
+NOTHING = Terms(torch.zeros(()), torch.zeros(1, 4))
+
+
+def example_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy of one image (C, H, W)."""
+    return -model(x[None]).log_softmax(1)[0, y]
+
+
+def weight_gradient(value: Tensor, model: nn.Module) -> Tensor:
+    """The gradient of ``value`` with respect to all weights, flat."""
+    grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def grads(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters()]
+
+
+def close(a: list[Tensor], b: list[Tensor], tol: float = 1e-10) -> bool:
+    return len(a) == len(b) > 0 and all(torch.allclose(p, q, rtol=tol, atol=tol) for p, q in zip(a, b, strict=True))

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SmallNet, gen
+from conftest import close, double_net, gen, grads
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -23,25 +23,6 @@ from robustlens.updates.awp import AWP
 from robustlens.updates.descend import Descend
 
 AT = Adversarial(attack=PGD(threat=Lp("linf", 0.1), steps=3))
-
-
-def double_net() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return SmallNet().double()
-
-
-@pytest.fixture
-def batch(images: Tensor, labels: Tensor) -> Batch:
-    return Batch(images.double(), labels, torch.arange(len(labels)))
-
-
-def grads(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters()]
-
-
-def close(a: list[Tensor], b: list[Tensor], tol: float = 1e-10) -> bool:
-    return len(a) == len(b) > 0 and all(torch.allclose(p, q, rtol=tol, atol=tol) for p, q in zip(a, b, strict=True))
 
 
 def authors_step(

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SmallNet, gen
+from conftest import double_net, gen
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -20,12 +20,6 @@ from robustlens.regularizers.orthogonality import Orthogonality
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 from robustlens.updates.free import DELTA, Free
-
-
-def double_net() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return SmallNet().double()
 
 
 def batches(low: float = 0.0, high: float = 1.0, sizes: tuple[int, ...] = (6, 6, 4, 6)) -> list[Batch]:

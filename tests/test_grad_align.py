@@ -6,37 +6,18 @@ import math
 
 import pytest
 import torch
-from conftest import gen
+from conftest import NOTHING, gen, weight_gradient
 from torch import Tensor, nn
 
 from robustlens.attacks.fgsm import FGSM
-from robustlens.core.types import Batch, Crafted, Terms
+from robustlens.core.types import Batch, Crafted
 from robustlens.objectives.adversarial import Adversarial
 from robustlens.regularizers.grad_align import GradAlign
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 from robustlens.updates.descend import Descend
 
-NOTHING = Terms(torch.zeros(()), torch.zeros(1, 4))
 THREATS = [Lp("linf", 0.3), Lp("l2", 2.0)]
-
-
-@pytest.fixture
-def smooth() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        layers = nn.Conv2d(1, 3, 3), nn.Softplus(beta=8), nn.Flatten(), nn.Linear(108, 4)
-        return nn.Sequential(*layers).double()
-
-
-@pytest.fixture
-def crafted(images: Tensor, labels: Tensor) -> Crafted:
-    return Crafted(Batch(images.double(), labels, torch.arange(len(labels))), images.double())
-
-
-def weight_gradient(penalty: Tensor, model: nn.Module) -> Tensor:
-    grads = torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in grads])
 
 
 def example_slope(model: nn.Module, image: Tensor, y: Tensor, *, create_graph: bool) -> Tensor:

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import gen
+from conftest import NOTHING, gen, weight_gradient
 from torch import Tensor, nn
 
-from robustlens.core.types import Batch, Crafted, Terms
+from robustlens.core.types import Batch, Crafted
 from robustlens.objectives.standard import Standard
 from robustlens.regularizers.jacobian import Jacobian
 from robustlens.results.errors import InputError
-
-NOTHING = Terms(torch.zeros(()), torch.zeros(1, 4))
-
-
-@pytest.fixture
-def smooth() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        layers = nn.Conv2d(1, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(108, 4)
-        return nn.Sequential(*layers).double()
-
-
-@pytest.fixture
-def crafted(images: Tensor, labels: Tensor) -> Crafted:
-    x = images.double().requires_grad_()
-    return Crafted(Batch(x, labels, torch.arange(len(labels))), x)
-
-
-def weight_gradient(penalty: Tensor, model: nn.Module) -> Tensor:
-    grads = torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in grads])
 
 
 def dense(model: nn.Module, image: Tensor) -> Tensor:

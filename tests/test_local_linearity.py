@@ -7,40 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SmallNet, gen
+from conftest import NOTHING, SmallNet, example_loss, gen, weight_gradient
 from torch import Tensor, nn
 
-from robustlens.core.types import Batch, Crafted, Terms
+from robustlens.core.types import Batch, Crafted
 from robustlens.objectives.standard import Standard
 from robustlens.regularizers.local_linearity import LocalLinearity
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 
-NOTHING = Terms(torch.zeros(()), torch.zeros(1, 4))
 THREATS = [Lp("linf", 0.1), Lp("l2", 1.0)]
-
-
-@pytest.fixture
-def smooth() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        layers = nn.Conv2d(1, 3, 3), nn.Softplus(beta=8), nn.Flatten(), nn.Linear(108, 4)
-        return nn.Sequential(*layers).double()
-
-
-@pytest.fixture
-def crafted(images: Tensor, labels: Tensor) -> Crafted:
-    x = images.double().requires_grad_()
-    return Crafted(Batch(x, labels, torch.arange(len(labels))), x)
-
-
-def weight_gradient(penalty: Tensor, model: nn.Module) -> Tensor:
-    grads = torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in grads])
-
-
-def example_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return -model(x[None]).log_softmax(1)[0, y]
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)

@@ -19,18 +19,6 @@ from robustlens.threats.lp import Lp
 ATTACK = PGD(threat=Lp("linf", 0.1), steps=3)
 
 
-@pytest.fixture
-def batch(images: Tensor, labels: Tensor) -> Batch:
-    return Batch(images.double(), labels, torch.arange(len(labels)))
-
-
-@pytest.fixture
-def network() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4)).double()
-
-
 def printed(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, c: float, weight: float) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for one, one_adv, label in zip(x, x_adv, y.tolist(), strict=True):

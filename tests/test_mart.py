@@ -17,11 +17,6 @@ ATTACK = PGD(threat=Lp("linf", 0.1), steps=3)
 NO_ATTACK = PGD(threat=Lp("linf", 0.0))
 
 
-@pytest.fixture
-def batch(images: Tensor, labels: Tensor) -> Batch:
-    return Batch(images.double(), labels, torch.arange(len(labels)))
-
-
 def network(classes: int = 4) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(5)

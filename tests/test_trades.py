@@ -16,18 +16,6 @@ from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 
 
-@pytest.fixture
-def batch(images: Tensor, labels: Tensor) -> Batch:
-    return Batch(images.double(), labels, torch.arange(len(labels)))
-
-
-@pytest.fixture
-def network() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4)).double()
-
-
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) of two probability vectors, class by class."""
     return sum(p[k] * (p[k].log() - q[k].log()) for k in range(len(p)))
