@@ -28,7 +28,7 @@ from robustlens.objectives.standard import Standard
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
-from robustlens.train.linear_limits import hard_margin_svm, log_epochs, logistic_optimum
+from robustlens.train.linear_limits import hard_margin_svm, logistic_optimum
 
 THREATS = [("l2", 0.7), ("linf", 0.1), ("l1", 2.0)]
 
@@ -299,12 +299,6 @@ def test_what_cannot_be_separated() -> None:
         hard_margin_svm(mixed, bias=True)
     with pytest.raises(InputError, match=r"expected the labels 0 and 1, got \[0, 2\]"):
         hard_margin_svm(plane([(0.0, 1.0), (1.0, 0.0)], [0, 2]))
-
-
-def test_log_epochs() -> None:
-    assert log_epochs(1) == (1,)
-    assert log_epochs(10) == (1, 2, 5, 10)
-    assert log_epochs(300) == (1, 2, 5, 10, 20, 50, 100, 200, 300)
 
 
 # Presets

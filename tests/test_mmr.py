@@ -149,9 +149,10 @@ def test_number_of_hidden_units_of_lenet_small() -> None:
     crafted = Crafted(Batch(torch.rand(1, 1, 28, 28), torch.tensor([3]), torch.tensor([0])), torch.rand(1, 1, 28, 28))
     far = MMR(gamma_b=1e9, gamma_d=1e9, first=1.0, last=1.0, chunk=200)
     found = far.search(net, crafted, gen=gen())
-    assert int(found.hidden.sum()) == 16 * 14 * 14 + 32 * 7 * 7 + 100 == 4804
-    assert int((~found.hidden).sum()) == 9, "all classes but the true one"
-    assert float(found.share[~found.hidden][0]) == pytest.approx(0.1 / 10), "the divisor is K all the same"
+    *hidden, classes = found
+    assert [len(near.unit) for near in hidden] == [16 * 14 * 14, 32 * 7 * 7, 100] and 3136 + 1568 + 100 == 4804
+    assert len(classes.unit) == 9, "all classes but the true one"
+    assert classes.share == pytest.approx(0.1 / 10), "the divisor is K all the same"
 
 
 def test_chunks_do_not_change_the_value(images: Tensor, labels: Tensor) -> None:
@@ -173,9 +174,9 @@ def test_a_unit_without_boundary_and_one_on_its_boundary(images: Tensor, labels:
         images = images.clone()
         images[:, 0, 0, 0] = 0
     mmr = MMR(gamma_b=0.5, gamma_d=1e-9, first=1.0, last=1.0, warmup=0)
-    found = mmr.search(net, step(net, images, labels)[0], gen=gen())
-    assert not bool((found.column == 0).any())
-    assert int((found.column == 1).sum()) == len(labels)
+    first = mmr.search(net, step(net, images, labels)[0], gen=gen())[0]
+    assert not bool((first.unit == 0).any())
+    assert int((first.unit == 1).sum()) == len(labels)
     penalty = mmr.penalty(net, *step(net, images, labels), gen=gen())
     assert all(bool(torch.isfinite(g).all()) for g in torch.autograd.grad(penalty, list(net.parameters())))
 
@@ -184,7 +185,7 @@ def test_far_boundaries_cost_nothing(images: Tensor, labels: Tensor) -> None:
     net = mlp()
     sure = net(images.double()).argmax(1)
     mmr = MMR(gamma_b=1e-9, gamma_d=1e-9)
-    assert float(mmr.penalty(net, *step(net, images, sure), gen=gen())) == 0
+    assert float(mmr.penalty(net, *step(net, images, sure), gen=gen()).detach()) == 0
 
 
 def test_a_relu_module_that_is_used_twice_counts_twice(images: Tensor, labels: Tensor) -> None:

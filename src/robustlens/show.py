@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -103,39 +104,44 @@ def catalogue(console: Console, kind: str | None) -> None:
     if not asked:
         raise unknown_name("kind", str(kind), kinds)
     for each in asked:
+        console.print(f"[bold underline]{each}[/bold underline]\n")
         if each == "method":
-            console.print(_methods())
-            continue
-        shown = Table("name", "settings", "what it is", title=each, title_justify="left", title_style="bold")
-        if each == "data":
+            _methods(console)
+        elif each == "data":
             for name in EMBEDDED:
-                shown.add_row(name, "", "installed with the library")
+                _entry(console, name, "", "installed with the library")
             for name, address in WELL_KNOWN.items():
-                shown.add_row(name, "", f"ROBUSTLENS_DATA/{name}, or {address} on the Hub")
+                _entry(console, name, "", f"ROBUSTLENS_DATA/{name}, or {address} on the Hub")
         else:
             for name, cls in discover(each).items():
-                shown.add_row(name, escape(_settings(cls)), escape(_about(cls)))
-        console.print(shown)
+                _entry(console, name, _settings(cls), _about(cls))
+        console.print()
 
 
-def _methods() -> Table:
+def _methods(console: Console) -> None:
     """Every preset: what the steps on a batch cost, and where its settings come from; a line between methods."""
     from itertools import groupby
 
     from robustlens.methods.preset import presets
     from robustlens.studies.plan import preset_recipe
 
-    shown = Table(title="method", title_justify="left", title_style="bold")
-    shown.add_column("preset", no_wrap=True)
-    shown.add_column("", no_wrap=True)
-    shown.add_column("passes a batch")
-    shown.add_column("reference")
-    for _, group in groupby(presets().values(), key=lambda preset: preset.method):
+    console.print(
+        "Cost in passes of a batch: forward, input (to the images), weight (a plain training step), double (what "
+        "differentiating a gradient adds), tangent (forward mode). @paper is as printed, @sound mends it.\n"
+    )
+    for number, (_, group) in enumerate(groupby(presets().values(), key=lambda preset: preset.method)):
+        if number:
+            console.print()
         for each in group:
-            kind = ", ".join(["@paper | @sound"] * bool(each.sound) + ["fine-tunes"] * each.fine_tunes)
-            shown.add_row(each.name, kind, str(preset_recipe(each.name).passes), escape(each.reference))
-        shown.add_section()
-    return shown
+            facts = [str(preset_recipe(each.name).passes)]
+            facts += ["@paper | @sound"] * bool(each.sound) + ["fine-tunes"] * each.fine_tunes
+            _entry(console, each.name, " · ".join(facts), each.reference)
+
+
+def _entry(console: Console, name: str, facts: str, about: str) -> None:
+    """A name with its facts, and below it, indented, what it is."""
+    console.print(f"[bold]{name}[/bold]  {escape(facts)}", highlight=False)
+    console.print(Padding(escape(about), (0, 0, 0, 4)), style="dim", highlight=False)
 
 
 def _settings(cls: type) -> str:

@@ -48,6 +48,18 @@ def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's mode restored at the end; the weights can be differentiated."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
+
+
+@contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Passes inside draw dropout and move BatchNorm statistics as ever, and are forgotten at the end.
 

@@ -8,10 +8,9 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.core.modes import untouched
+from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
 from robustlens.core.types import Crafted, Terms
-from robustlens.regularizers.mmr import evaluating
 from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -12,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from robustlens.core.modes import untouched
+from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
 from robustlens.core.types import Crafted, Moment, Terms
 from robustlens.regularizers.second_derivative import require_second_derivative
@@ -27,16 +26,15 @@ KINKS = ("Relu", "LeakyRelu", "PreluKernel", "Threshold", "Clamp", "Hardtanh", "
 
 
 class Near(NamedTuple):
-    """The boundaries that a hinge reaches, all (P,): ``column`` counts hidden units first and then classes.
+    """The boundaries of one layer that a hinge reaches, by ``example`` (P,) and ``unit`` (P,).
 
     ``share`` is what a whole hinge adds to the penalty.
     """
 
     example: Tensor
-    column: Tensor
-    hidden: Tensor
-    gamma: Tensor
-    share: Tensor
+    unit: Tensor
+    gamma: float
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,40 +155,45 @@ class MMR:
             return crafted.x_adv.new_zeros(())
         return self.value(model, crafted, terms, self.search(model, crafted, gen=gen))
 
-    def search(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> Near:
-        """The boundaries within γ among the nearest of each image."""
+    def search(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> list[Near]:
+        """The boundaries within γ among the nearest of each image: of each ReLU call, and at last of the classes."""
         batch = crafted.batch
         x, y = batch.x.detach(), batch.y
         with untouched(model), torch.enable_grad():
-            inside, margins = crossings(model, x, y)
+            layers = crossings(model, x, y)
             sizes = self._sizes(model, x, y)
-        units, classes = inside.shape[1], margins.shape[1]
-        distance = torch.cat([inside.abs(), margins], 1) / sizes
-        distance = torch.where(sizes > 0, distance, torch.inf)
+        units, classes = sum(layer.shape[1] for layer in layers[:-1]), layers[-1].shape[1]
         ramp, count = self.schedule(batch.moment, units)
-        counted = torch.ones_like(distance, dtype=torch.bool)
-        nearest = distance[:, :units].topk(count, largest=False).indices
-        counted[:, :units] = torch.zeros_like(counted[:, :units]).scatter_(1, nearest, True)
-        hidden = torch.arange(units + classes, device=x.device) < units
-        gamma = distance.new_full((units + classes,), self.gamma_d).masked_fill(hidden, self.gamma_b)
-        share = self.weight * ramp / len(x) / torch.where(hidden, count, classes).to(x.dtype)
-        example, column = (counted & (distance < gamma)).nonzero(as_tuple=True)
-        return Near(example, column, hidden[column], gamma[column], share[column])
+        distances = [
+            torch.where(size > 0, height / size, torch.inf)
+            for height, size in zip([*(layer.abs() for layer in layers[:-1]), layers[-1]], sizes, strict=True)
+        ]
+        hidden = torch.cat(distances[:-1], 1)
+        nearest = torch.zeros_like(hidden, dtype=torch.bool)
+        nearest.scatter_(1, hidden.topk(count, largest=False).indices, True)
+        share = self.weight * ramp / len(x)
+        parts = torch.split(nearest & (hidden < self.gamma_b), [layer.shape[1] for layer in layers[:-1]], dim=1)
+        return [
+            *(_near(part, self.gamma_b, share / count) for part in parts),
+            _near(distances[-1] < self.gamma_d, self.gamma_d, share / classes),
+        ]
 
-    def value(self, model: nn.Module, crafted: Crafted, terms: Terms, found: Near) -> Tensor:
+    def value(self, model: nn.Module, crafted: Crafted, terms: Terms, found: list[Near]) -> Tensor:
         """The penalty (scalar) over the boundaries in ``found``."""
         total = crafted.batch.x.new_zeros(())
-        if len(found.example) == 0:
-            return total
         weights = [p for p in model.parameters() if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
         with evaluating(model):
-            for part in zip(*(torch.split(each, self.chunk) for each in found), strict=True):
-                hinges = self._hinges(model, crafted, Near(*part))
-                for slope, new in zip(slopes, torch.autograd.grad(hinges, weights, allow_unused=True), strict=True):
-                    if new is not None:
-                        slope += new
-                total = total + hinges.detach()
+            for layer, near in enumerate(found):
+                last = layer == len(found) - 1
+                for first in range(0, len(near.unit), self.chunk):
+                    part = slice(first, first + self.chunk)
+                    rows = near._replace(example=near.example[part], unit=near.unit[part])
+                    hinges = self._hinges(model, crafted, layer, rows, last=last)
+                    for slope, new in zip(slopes, torch.autograd.grad(hinges, weights, allow_unused=True), strict=True):
+                        if new is not None:
+                            slope += new
+                    total = total + hinges.detach()
         # Adds 0, and has the gradient that was summed: no graph outlives its chunk.
         for p, slope in zip(weights, slopes, strict=True):
             total = total + ((p - p.detach()) * slope).sum()
@@ -203,44 +206,50 @@ class MMR:
         count = int(first + (last - first) * epoch / moment.epochs)
         return min(epoch / self.warmup, 1.0) if self.warmup else 1.0, max(count, 1)
 
-    def _hinges(self, model: nn.Module, crafted: Crafted, near: Near) -> Tensor:
+    def _hinges(self, model: nn.Module, crafted: Crafted, layer: int, near: Near, *, last: bool) -> Tensor:
         x = crafted.batch.x.detach()[near.example].requires_grad_()
-        columns = torch.cat(crossings(model, x, crafted.batch.y[near.example]), 1)
-        height = columns.gather(1, near.column[:, None])[:, 0]
+        heights = crossings(model, x, crafted.batch.y[near.example])[layer]
+        height = heights.gather(1, near.unit[:, None])[:, 0]
         (rows,) = torch.autograd.grad(height.sum(), x, create_graph=True)
         order = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}[self.norm]
-        distance = torch.where(near.hidden, height.abs(), height) / rows.flatten(1).norm(order, dim=1)
+        distance = (height if last else height.abs()) / rows.flatten(1).norm(order, dim=1)
         return (near.share * F.relu(1 - distance / near.gamma)).sum()
 
-    def _sizes(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """‖v_j‖_q of all units and ‖V_y − V_k‖_q of all classes (B, U + K), some pixels at a time.
+    def _sizes(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+        """‖v_j‖_q of all units and ‖V_y − V_k‖_q of all classes, as ``crossings`` has them, some pixels at a time.
 
         u ↦ Jᵀu is linear, so that its derivative along a pixel is a column of J. One graph serves all pixels.
         """
         copies, pixels = max(1, self.chunk // len(x)), torch.arange(x[0].numel(), device=x.device)
         many = x.repeat(copies, 1, 1, 1).requires_grad_()
-        columns = torch.cat(crossings(model, many, y.repeat(copies)), 1)
-        u = torch.zeros_like(columns, requires_grad=True)
-        (pulled,) = torch.autograd.grad(columns, many, u, create_graph=True)
-        sizes = torch.zeros_like(columns[: len(x)])
+        layers = crossings(model, many, y.repeat(copies))
+        us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
+        (pulled,) = torch.autograd.grad(layers, many, us, create_graph=True)
+        sizes = [torch.zeros_like(layer[: len(x)]) for layer in layers]
         for first in range(0, len(pixels), copies):
             part = torch.arange(first, first + copies, device=x.device)
             pixel = (part[:, None] == pixels).to(x.dtype).view(copies, 1, *x.shape[1:])
-            (slopes,) = torch.autograd.grad(pulled, u, pixel.expand(-1, *x.shape).reshape_as(many), retain_graph=True)
-            slopes = slopes.view(copies, *sizes.shape)
-            if self.norm == "l2":
-                sizes = sizes + slopes.square().sum(0)
-            elif self.norm == "linf":
-                sizes = sizes + slopes.abs().sum(0)
-            else:
-                sizes = torch.maximum(sizes, slopes.abs().amax(0))
-        return sizes.sqrt() if self.norm == "l2" else sizes
+            columns = torch.autograd.grad(pulled, us, pixel.expand(-1, *x.shape).reshape_as(many), retain_graph=True)
+            for size, column in zip(sizes, columns, strict=True):
+                slopes = column.view(copies, *size.shape)
+                if self.norm == "l2":
+                    size += slopes.square().sum(0)
+                elif self.norm == "linf":
+                    size += slopes.abs().sum(0)
+                else:
+                    torch.maximum(size, slopes.abs().amax(0), out=size)
+        return [size.sqrt() if self.norm == "l2" else size for size in sizes]
 
 
-def crossings(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """What is 0 on the boundaries: the inputs of all ReLUs (B, U), and f_y − f_k of all classes (B, K)."""
+def _near(within: Tensor, gamma: float, share: float) -> Near:
+    example, unit = within.nonzero(as_tuple=True)
+    return Near(example, unit, gamma, share)
+
+
+def crossings(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """What is 0 on the boundaries: the inputs of every call of a ReLU (B, U), and f_y − f_k of all classes (B, K)."""
     seen, logits = observed(model, x)
-    return torch.cat(seen, 1), logits.gather(1, y[:, None]) - logits
+    return [*seen, logits.gather(1, y[:, None]) - logits]
 
 
 def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -258,18 +267,6 @@ def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
         for hook in hooks:
             hook.remove()
     return seen, logits
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's mode restored at the end; the weights can be differentiated."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, was in modes:
-            module.training = was
 
 
 def _kinks(logits: Tensor) -> Iterator[str]:

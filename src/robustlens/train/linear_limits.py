@@ -180,12 +180,6 @@ def hard_margin_svm(split: Split, *, bias: bool = False) -> HardMargin:
     )
 
 
-def log_epochs(last: int) -> tuple[int, ...]:
-    """1, 2, 5, 10, 20, 50, … up to ``last``, which ends it: when to look at a run on a logarithmic scale."""
-    rounded = [step * 10**power for power in range(len(str(last))) for step in (1, 2, 5)]
-    return (*(epoch for epoch in rounded if epoch < last), last)
-
-
 def _pixels_and_signs(split: Split) -> tuple[Array, Array]:
     """Pixels (N, d) as training sees them, and y = ±1 (N,)."""
     present = sorted(set(split.labels.tolist()))
