@@ -45,6 +45,7 @@ WORKLOADS = {
     work.model: work
     for work in (
         Workload("mnist-cnn", (1, 28, 28), 128, MNIST),
+        Workload("lenet-small", (1, 28, 28), 128, MNIST),
         Workload("resnet18", (3, 32, 32), 64, CIFAR),
         Workload("cnn7", (3, 32, 32), 128, CIFAR),
         Workload("resnet56", (3, 32, 32), 128, CIFAR),
@@ -79,13 +80,13 @@ class Plan:
     tiny: bool = False
 
     def workloads(self) -> list[Workload]:
-        works = [WORKLOADS[name] for name in self.models]
+        return [self.workload(name) for name in self.models]
+
+    def workload(self, name: str) -> Workload:
+        work = WORKLOADS[name]
         if not self.tiny:
-            return works
-        return [
-            replace(work, batch=4, settings={"width": 4} if work.model == "resnet18" else work.settings)
-            for work in works
-        ]
+            return work
+        return replace(work, batch=4, settings={"width": 4} if name == "resnet18" else work.settings)
 
 
 class Bench:

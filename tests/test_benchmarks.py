@@ -14,8 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import bf16, crafting, harness, memory, peers, step, variants
+from benchmarks import bf16, crafting, harness, memory, methods, peers, step, variants
 from benchmarks.workload import WORKLOADS, Plan
+from robustlens.core.passes import Passes
 
 TINY = Plan(rounds=2, steps=2, epochs=1, seeds=1, examples=60, tiny=True)
 
@@ -37,6 +38,21 @@ def test_times_against_a_floor(benchmark_, bar):
     check(rows, benchmark_.__name__.rpartition(".")[2], ratios=4)
     assert {row.bar for row in rows} == {bar}
     assert {"seconds", "floor_seconds", "ratios", "batch", "steps", "shape"} <= rows[0].measured.keys()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch.func.jvp calls it
+def test_methods_against_the_passes_they_count():
+    rows = methods.run(dataclasses.replace(TINY, models=("mnist-cnn",)))
+    check(rows, "methods", ratios=len(methods.METHODS))
+    assert {(row.model, row.bar) for row in rows} == {("mnist-cnn", 1.15), ("lenet-small", 1.15)}
+    passes = {row.case: row.note for row in rows}
+    assert passes["PGD-10"] == "10 input + 1 weight" and passes["AWP + PGD-10"] == "10 input + 2 weight"
+
+
+def test_a_double_pass_is_not_counted_twice():
+    seconds = {"weights": [1.0, 2.0], "double": [3.0, 5.0], "optimizer": [0.1, 0.2], "inputs": [0.5, 0.5]}
+    found = methods.floor(Passes(weights=2, double=1, inputs=1), 1, seconds)
+    assert found == pytest.approx([1 + 3 + 0.5 + 0.1, 2 + 5 + 0.5 + 0.2])
 
 
 def test_bf16_says_what_it_costs_in_robustness():
