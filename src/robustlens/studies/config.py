@@ -77,7 +77,8 @@ class StudyConfig(Settings):
         validation: the attack that picks the best epoch, on validation images; None is PGD with 10 steps on ``threat``.
         methods: what is compared.
         seeds: each method is trained once per seed.
-        lenses: what is measured on each trained network.
+        lenses: what is measured on each trained network; ``when = "epochs:1,10,20"`` among a lens's settings measures
+            it after those epochs instead of at the end.
         weights: which checkpoint is examined: the last, or the best by robust accuracy on validation images (early
             stopping against robust overfitting; of a network that is not robust it tends to pick an early epoch).
     """

@@ -11,11 +11,12 @@ from typing import Any
 
 from robustlens.attacks.pgd import PGD
 from robustlens.core import discovery
-from robustlens.core.types import Architecture, Attack, Lens
+from robustlens.core.types import Architecture, Attack
 from robustlens.methods.preset import find_preset
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest
 from robustlens.studies.config import MethodConfig, StudyConfig, merged, validated
+from robustlens.studies.epochs import Scheduled, schedule
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
 from robustlens.train.recipe import Recipe
@@ -51,7 +52,12 @@ class Plan:
     study: StudyConfig
     threat: Lp
     runs: tuple[PlannedRun, ...]
-    lenses: tuple[Lens, ...]
+    lenses: tuple[Scheduled, ...]
+
+    @property
+    def kept_epochs(self) -> frozenset[int]:
+        """The epochs whose weights a lens will look at."""
+        return frozenset(epoch for scheduled in self.lenses for epoch in scheduled.epochs)
 
 
 def make_plan(study: StudyConfig) -> Plan:
@@ -61,7 +67,7 @@ def make_plan(study: StudyConfig) -> Plan:
         InputError: an unknown plug-in or field, or a value that does not fit, before anything is written.
     """
     threat = Lp.parse(study.threat)
-    lenses = tuple(discovery.build("lens", lens) for lens in study.lenses)
+    lenses = tuple(schedule(lens) for lens in study.lenses)
     chosen = {"name": PGD.name, "threat": str(threat), **(study.validation or {})}
     if chosen["name"] == PGD.name:
         chosen = {"early_stop": True, **chosen}
@@ -70,6 +76,15 @@ def make_plan(study: StudyConfig) -> Plan:
     for method in study.methods:
         runs += [_planned(study, method.resolved(), seed, validation, runs) for seed in study.seeds]
     _all_different(runs)
+    longest = max(run.training.epochs for run in runs)
+    for scheduled in lenses:
+        if scheduled.epochs and scheduled.epochs[-1] > longest:
+            raise InputError(
+                f"when of lens {scheduled.lens.name!r}",
+                expected=f"epochs that a run has, at most {longest}",
+                got=str(scheduled.epochs[-1]),
+                fix="Leave it out, or train for more epochs.",
+            )
     return Plan(study, threat, tuple(runs), lenses)
 
 

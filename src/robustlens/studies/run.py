@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime
 import os
 import platform
@@ -22,6 +24,7 @@ from robustlens.results.errors import InputError, RobustlensError
 from robustlens.results.reading import Outcome, Reading
 from robustlens.results.store import RunDirectory, read_reading
 from robustlens.studies.config import StudyConfig
+from robustlens.studies.epochs import Scheduled, side_by_side
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.train.loop import Silent, Watch, train
 
@@ -83,10 +86,14 @@ def run_study(
             watch.begin(number * each, len(plan.runs) * each, run.label, "training")
             model = trained(run, splits, directory, plan, watch, out=out)
             subject = Subject(model, splits, plan.threat, place)
-            for k, lens in enumerate(plan.lenses, start=1):
-                watch.begin(number * each + k, len(plan.runs) * each, run.label, lens.name)
-                _, already = examine(lens, subject, directory, seed=run.seed, facts={"weights": study.weights})
-                watch.done(run.label, lens.name, already=already)
+            for k, scheduled in enumerate(plan.lenses, start=1):
+                watch.begin(number * each + k, len(plan.runs) * each, run.label, scheduled.name)
+                if scheduled.epochs:
+                    already = examine_epochs(scheduled, subject, directory, run)
+                else:
+                    facts = {"weights": study.weights}
+                    _, already = examine(scheduled.lens, subject, directory, seed=run.seed, facts=facts)
+                watch.done(run.label, scheduled.name, already=already)
         directories.append(directory)
     return directories
 
@@ -169,6 +176,7 @@ def trained(
             seed=run.seed,
             run=directory,
             validation=run.validation,
+            keep=plan.kept_epochs,
             watch=watch,
         )
         record["provenance"]["seconds"] = round(sum(e["seconds"] for e in epochs), 2)
@@ -202,8 +210,7 @@ def examine(
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
     others go on.
     """
-    settings = {"lens": describe(lens), "threat": str(subject.threat), "seed": seed, **facts}
-    path = directory.reading_path(lens.name, settings)
+    path = _reading_path(lens, subject, directory, seed, facts)
     if path.is_dir() and (there := read_reading(path)).outcome.status != "failed":
         return there, True
     gen = generator(subject.device, seed, "lens", lens.name)
@@ -213,6 +220,45 @@ def examine(
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
     directory.write_reading(path, reading)
     return reading, False
+
+
+def _reading_path(lens: Lens, subject: Subject, directory: RunDirectory, seed: int, facts: dict[str, Any]) -> Path:
+    settings = {"lens": describe(lens), "threat": str(subject.threat), "seed": seed, **facts}
+    return directory.reading_path(lens.name, settings)
+
+
+def examine_epochs(scheduled: Scheduled, subject: Subject, directory: RunDirectory, run: PlannedRun) -> bool:
+    """Look after each of the chosen epochs that the run reached, and put the findings side by side.
+
+    The readings of the epochs are stored below the run directory as ``epoch-<number>/readings``, so that another choice
+    of epochs repeats none of them. Returns whether everything was there already. The reading is ``failed`` where the
+    weights after an epoch were not kept when the run was trained.
+    """
+    path = _reading_path(scheduled.lens, subject, directory, run.seed, {"epochs": list(scheduled.epochs)})
+    if path.is_dir() and read_reading(path).outcome.status != "failed":
+        return True
+    reached = directory.metrics()[-1]["epoch"]
+    files = {epoch: directory.path / f"epoch-{epoch}.safetensors" for epoch in scheduled.epochs if epoch <= reached}
+    if missing := [str(epoch) for epoch, file in files.items() if not file.is_file()]:
+        why = (
+            f"The weights after epoch {', '.join(missing)} were not kept: this lens was not in the study when the run "
+            f"was trained. Delete {directory.path} to train it again, or choose another directory with --out."
+        )
+        reading = Reading(
+            scheduled.name, "Nothing was measured.", Outcome.failed(why), settings=describe(scheduled.lens)
+        )
+        directory.write_reading(path, reading)
+        return False
+    found = []
+    for epoch, file in files.items():
+        then = dataclasses.replace(subject, model=copy.deepcopy(subject.model))
+        load_weights(then.model, file)
+        below = RunDirectory(directory.path / f"epoch-{epoch}")
+        reading, _ = examine(scheduled.lens, then, below, seed=run.seed, facts={"epoch": epoch})
+        found.append((epoch, reading))
+    if found:
+        directory.write_reading(path, side_by_side(scheduled, found))
+    return False
 
 
 def provenance(splits: Splits, device: torch.device) -> dict[str, Any]:

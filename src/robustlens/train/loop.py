@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,12 +74,14 @@ def train(
     seed: int,
     run: RunDirectory,
     validation: Attack,
+    keep: Collection[int] = (),
     watch: Watch | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place and return its per-epoch records; a run that was killed goes on where it stopped.
 
     At the end ``last.safetensors`` holds the final weights, ``best.safetensors`` those of the best robust accuracy
-    under ``validation`` on the validation split (the test split is never read), ``metrics.jsonl`` the records, of which
+    under ``validation`` on the validation split (the test split is never read), ``epoch-<number>.safetensors`` those
+    after the epochs in ``keep``, ``metrics.jsonl`` the records, of which
     the last says "stopped" and why where training ended early. The model is left with its last weights, in eval mode.
     Every random draw comes from ``seed`` and the step's number, so on one machine the result does not depend on
     interruptions.
@@ -93,7 +95,7 @@ def train(
         if not len(split):
             raise InputError(f"{name} split", expected="examples", got="none", fix="Give training images.")
     recipe.check(model, splits.train.batch(torch.arange(min(4, len(splits.train)))).x)
-    return _Trainer(model, splits, recipe, config, seed, run, validation, watch or Silent()).run_all()
+    return _Trainer(model, splits, recipe, config, seed, run, validation, keep, watch or Silent()).run_all()
 
 
 class _Trainer:
@@ -106,10 +108,11 @@ class _Trainer:
         seed: int,
         run: RunDirectory,
         validation: Attack,
+        keep: Collection[int],
         watch: Watch,
     ) -> None:
         self.model, self.data, self.recipe, self.config = model, splits, recipe, config
-        self.seed, self.run, self.validation, self.watch = seed, run, validation, watch
+        self.seed, self.run, self.validation, self.keep, self.watch = seed, run, validation, keep, watch
         self.device = splits.train.labels.device
         self.optimizer = make_optimizer(model, config)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
@@ -209,6 +212,8 @@ class _Trainer:
         if told:
             self._record(seconds)
         now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
+        if now.epoch in self.keep or (config.snapshots and config.validates(now.epoch)):
+            save_weights(self.kept, self.run.path / f"epoch-{now.epoch}.safetensors", {"epoch": now.epoch})
         now.seconds = 0.0 if told else seconds
         if told:
             self.run.write_metrics(now.records)
@@ -247,8 +252,6 @@ class _Trainer:
                 save_weights(self.kept, self.run.path / "best.safetensors", {"epoch": epoch})
             else:
                 now.since_best += 1
-            if config.snapshots:
-                save_weights(self.kept, self.run.path / f"epoch-{epoch}.safetensors", {"epoch": epoch})
             if now.since_best == config.patience and epoch < config.epochs:
                 record["stopped"] = now.stopped = (
                     f"early stopping: no better robust accuracy on validation images since epoch {now.best_epoch}"
