@@ -157,6 +157,18 @@ def test_list_methods_shows_every_preset_with_cost_and_source(capsys: pytest.Cap
     console = Console(width=400)
     catalogue(console, "methods")
     shown = capsys.readouterr().out
+    lines = shown.splitlines()
     for name, preset in presets().items():
-        row = next(line for line in shown.splitlines() if f" {name} " in line)
-        assert preset.reference[:20] in row and ("weight" in row) and ("@sound" in row) == bool(preset.sound)
+        at = next(k for k, line in enumerate(lines) if line.startswith(f"{name}  "))
+        assert "weight" in lines[at] and ("@sound" in lines[at]) == bool(preset.sound)
+        assert lines[at + 1].strip() == preset.reference
+
+
+def test_readings_of_the_text_that_weaken_the_attack() -> None:
+    attacks = {
+        name: discovery.build("objective", presets()[f"pgd-8{name}/cifar10"].settings("paper")["objective"])
+        for name in ("", "-normalised", "-half-clean")
+    }
+    assert [round(each.attack.threat.eps * 255, 9) for each in attacks.values()] == [8, 2, 8]
+    assert [round(each.attack.step_size * 255, 9) for each in attacks.values()] == [2, 0.5, 2]
+    assert [each.clean_weight for each in attacks.values()] == [0, 0, 0.5]
