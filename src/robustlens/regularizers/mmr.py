@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -14,15 +12,10 @@ from torch.nn import functional as F
 from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
 from robustlens.core.types import Crafted, Moment, Terms
+from robustlens.linalg.regions import DUAL, gradient_norms, observed, require_relu_regions
 from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import NORMS, Norm
-
-#: Modules whose kink at 0 bounds the linear regions.
-BENDS = (nn.ReLU, nn.LeakyReLU)
-
-#: How autograd calls the operations that have kinks; max-pooling is left out.
-KINKS = ("Relu", "LeakyRelu", "PreluKernel", "Threshold", "Clamp", "Hardtanh", "Abs", "Maximum", "Minimum")
 
 
 class Near(NamedTuple):
@@ -118,37 +111,8 @@ class MMR:
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Refuse a network whose linear regions are not those of its ReLU modules."""
-        if not any(isinstance(module, BENDS) for module in model.modules()):
-            raise InputError(
-                "a network under mmr",
-                expected="nn.ReLU or nn.LeakyReLU modules",
-                got="none",
-                fix="Write activations as modules, not as functions, so that their inputs can be seen.",
-            )
         require_second_derivative(model, x, self.name)
-        x = x.detach().requires_grad_()
-        with torch.enable_grad(), evaluating(model):
-            seen, logits = observed(model, x)
-            kinks = Counter(_kinks(logits))
-            if kinks.total() > len(seen):
-                raise InputError(
-                    "a network under mmr",
-                    expected=f"the {len(seen)} calls of its ReLU modules to be all that bends it",
-                    got=", ".join(f"{number} {name}" for name, number in kinks.items()),
-                    fix="Write every activation as an nn.ReLU or nn.LeakyReLU module.",
-                )
-            mixed = (logits * torch.arange(logits.shape[1], device=x.device)).sum()
-            (slope,) = torch.autograd.grad(mixed, x, create_graph=True)
-            curved = None
-            if slope.requires_grad:
-                (curved,) = torch.autograd.grad((slope * slope.detach()).sum(), x, allow_unused=True)
-            if curved is not None and bool(curved.any()):
-                raise InputError(
-                    "a network under mmr",
-                    expected="a piecewise linear network",
-                    got="second derivatives that are not zero",
-                    fix="Take ReLU for other activations, and do not standardise each image by its own statistics.",
-                )
+        require_relu_regions(model, x, self.name)
 
     def penalty(self, model: nn.Module, crafted: Crafted, terms: Terms, *, gen: Generator) -> Tensor:
         if self.weight == 0:
@@ -161,7 +125,9 @@ class MMR:
         x, y = batch.x.detach(), batch.y
         with untouched(model), torch.enable_grad():
             layers = crossings(model, x, y)
-            sizes = self._sizes(model, x, y)
+            sizes = gradient_norms(
+                lambda many: crossings(model, many, y.repeat(len(many) // len(x))), x, DUAL[self.norm], chunk=self.chunk
+            )
         units, classes = sum(layer.shape[1] for layer in layers[:-1]), layers[-1].shape[1]
         ramp, count = self.schedule(batch.moment, units)
         distances = [
@@ -211,34 +177,8 @@ class MMR:
         heights = crossings(model, x, crafted.batch.y[near.example])[layer]
         height = heights.gather(1, near.unit[:, None])[:, 0]
         (rows,) = torch.autograd.grad(height.sum(), x, create_graph=True)
-        order = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}[self.norm]
-        distance = (height if last else height.abs()) / rows.flatten(1).norm(order, dim=1)
+        distance = (height if last else height.abs()) / rows.flatten(1).norm(DUAL[self.norm], dim=1)
         return (near.share * F.relu(1 - distance / near.gamma)).sum()
-
-    def _sizes(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-        """‖v_j‖_q of all units and ‖V_y − V_k‖_q of all classes, as ``crossings`` has them, some pixels at a time.
-
-        u ↦ Jᵀu is linear, so that its derivative along a pixel is a column of J. One graph serves all pixels.
-        """
-        copies, pixels = max(1, self.chunk // len(x)), torch.arange(x[0].numel(), device=x.device)
-        many = x.repeat(copies, 1, 1, 1).requires_grad_()
-        layers = crossings(model, many, y.repeat(copies))
-        us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
-        (pulled,) = torch.autograd.grad(layers, many, us, create_graph=True)
-        sizes = [torch.zeros_like(layer[: len(x)]) for layer in layers]
-        for first in range(0, len(pixels), copies):
-            part = torch.arange(first, first + copies, device=x.device)
-            pixel = (part[:, None] == pixels).to(x.dtype).view(copies, 1, *x.shape[1:])
-            columns = torch.autograd.grad(pulled, us, pixel.expand(-1, *x.shape).reshape_as(many), retain_graph=True)
-            for size, column in zip(sizes, columns, strict=True):
-                slopes = column.view(copies, *size.shape)
-                if self.norm == "l2":
-                    size += slopes.square().sum(0)
-                elif self.norm == "linf":
-                    size += slopes.abs().sum(0)
-                else:
-                    torch.maximum(size, slopes.abs().amax(0), out=size)
-        return [size.sqrt() if self.norm == "l2" else size for size in sizes]
 
 
 def _near(within: Tensor, gamma: float, share: float) -> Near:
@@ -250,32 +190,3 @@ def crossings(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     """What is 0 on the boundaries: the inputs of every call of a ReLU (B, U), and f_y − f_k of all classes (B, K)."""
     seen, logits = observed(model, x)
     return [*seen, logits.gather(1, y[:, None]) - logits]
-
-
-def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The flat input of every call of a ReLU module in one forward pass, in order, and the logits."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        seen.append(inputs[0].flatten(1))
-        return (inputs[0].clone(),) if module.inplace else None
-
-    hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, BENDS)]
-    try:
-        logits = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen, logits
-
-
-def _kinks(logits: Tensor) -> Iterator[str]:
-    """The names of the operations with kinks that ``logits`` were computed by."""
-    todo, seen = [logits.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [before for before, _ in node.next_functions]
-            if node.name().startswith(KINKS):
-                yield node.name()
