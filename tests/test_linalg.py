@@ -38,8 +38,8 @@ def wrapped(x: Tensor, kernel: Tensor, stride: tuple[int, int], dilation: tuple[
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    maps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    maps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    strides=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     k=st.tuples(st.integers(1, 5), st.integers(1, 4)),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     groups=st.integers(1, 2),
@@ -115,6 +115,44 @@ def test_small_values_are_not_lost() -> None:
     assert float(circular_conv_spectrum(kernel, (1, 8))[-1]) == pytest.approx(1e-9, rel=1e-6)
 
 
+def test_small_values_beside_large_ones_are_not_lost() -> None:
+    """A rotated diag(1, 1e-3, 1e-6, 1e-12), whose Gram matrix knows the last two only to 1e-4 and not at all."""
+    draws = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, right = torch.linalg.qr(draws).Q
+    truth = torch.tensor([1.0, 1e-3, 1e-6, 1e-12], dtype=torch.float64)
+    found = linear_spectrum(left @ torch.diag(truth) @ right)
+    assert torch.allclose(found, truth, rtol=1e-7, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 6), (7, 7), (1, 8), (6, 1)])
+def test_every_frequency_counts_as_often_as_it_should(size: tuple[int, int]) -> None:
+    """Against the full transform of every frequency, as Sedghi, Gupta and Long compute it."""
+    kernel = torch.randn(3, 4, 1 if size[0] == 1 else 3, 1 if size[1] == 1 else 3, dtype=torch.float64)
+    symbols = np.fft.fft2(kernel.permute(2, 3, 0, 1).numpy(), size, axes=(0, 1))
+    truth = np.sort(np.linalg.svd(symbols, compute_uv=False).ravel())[::-1]
+    np.testing.assert_allclose(circular_conv_spectrum(kernel, size).numpy(), truth, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_norm_of_layers_whose_frequencies_are_all_alike_or_tiny(scale: float) -> None:
+    kernel = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+    kernel[range(4), range(4), 1, 1] = torch.tensor([1.0, 2.0, 3.0, 3.0], dtype=torch.float64)
+    assert circular_conv_norm(kernel * scale, (6, 5)) == pytest.approx(3.0 * scale, rel=1e-12)
+    assert circular_conv_norm(kernel * 0, (6, 5)) == 0.0
+
+
+def test_threads_change_nothing() -> None:
+    kernel, before = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    alone = circular_conv_spectrum(kernel, (6, 6)), circular_conv_norm(kernel, (6, 6))
+    torch.set_num_threads(2)
+    try:
+        together = circular_conv_spectrum(kernel, (6, 6)), circular_conv_norm(kernel, (6, 6))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(alone[0], together[0]) and alone[1] == pytest.approx(together[1], rel=1e-12)
+
+
 def test_he_initialised_layer() -> None:
     """16 → 16, 3 × 3, n = 32: mean 1.21, spread 0.74, largest 2.80; reshaped 1.40, 0.24, 1.84."""
     kernel = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)) * math.sqrt(2 / (16 * 9))
@@ -175,5 +213,6 @@ def test_exact_layers_and_bounds_against_the_layers_themselves() -> None:
             truth = torch.linalg.svdvals(matrix)
             bound = layer.norm_bound()
             assert bound is not None and float(truth[0]) <= bound * (1 + 1e-12)
+            assert torch.allclose(layer.row_norms(), matrix.norm(dim=1), atol=1e-12)
             if layer.exact:
                 assert torch.allclose(layer.spectrum(), truth, atol=1e-12)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlens.core.modes import untouched
+from robustlens.linalg.frozen_convolutions import FrozenConvolutions
 from robustlens.results.errors import InputError
 
 #: Numbers that the Jacobians of one chunk of images may hold (64 MiB in float64; their factors take as much again).
@@ -39,12 +40,13 @@ class Decomposition(NamedTuple):
 class Linearization:
     """The Jacobians J of ``model`` at images ``x`` (B, C, H, W), for many products at one point.
 
-    Making it costs a forward and a backward pass; then Jᵀu costs a backward pass, and Jv about two.
+    Making it costs a forward and a backward pass; then Jᵀu costs a backward pass and Jv a forward one: with frozen
+    weights, convolutions are those of ``FrozenConvolutions``.
     """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self._x = x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), FrozenConvolutions():
             self._logits = model(self._x)
             self._u = torch.zeros_like(self._logits, requires_grad=True)
             (self._pulled,) = torch.autograd.grad(self._logits, self._x, self._u, create_graph=True)

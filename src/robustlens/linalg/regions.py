@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlens.core.modes import evaluating
+from robustlens.linalg.frozen_convolutions import FrozenConvolutions
 from robustlens.results.errors import InputError
 
 #: Modules whose kink at 0 bounds the linear regions.
@@ -96,7 +97,7 @@ def slopes_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], 
     u ↦ Jᵀu is linear, so that its own derivative along v is Jv; see ``linalg.jacobian``.
     """
     point = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), FrozenConvolutions():
         layers = heights(point)
         us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
         (pulled,) = torch.autograd.grad(layers, point, us, create_graph=True)
@@ -111,7 +112,7 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int) -> list
     """
     copies, pixels = max(1, chunk // len(x)), torch.arange(x[0].numel(), device=x.device)
     many = x.detach().repeat(copies, 1, 1, 1).requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), FrozenConvolutions():
         layers = heights(many)
         us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
         (pulled,) = torch.autograd.grad(layers, many, us, create_graph=True)

@@ -1,0 +1,70 @@
+"""Convolutions with frozen weights whose backward pass is cheap to differentiate."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv_transpose2d
+from torch.overrides import TorchFunctionMode
+
+
+class FrozenConvolutions(TorchFunctionMode):
+    """Convolutions inside that have frozen weights go backward by a transposed convolution, which is what they are.
+
+    The result is the same. But where torch differentiates its own backward pass of a convolution, it also computes the
+    derivative by the weights, frozen or not, which made Jv three times as dear.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d:
+            convolution = _bound(*args, **(kwargs or {}))
+            parts = convolution.weight, convolution.bias
+            if not isinstance(convolution.padding, str) and not any(p is not None and p.requires_grad for p in parts):
+                return _Convolution.apply(*convolution)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Arguments(NamedTuple):
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+
+def _bound(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> _Arguments:
+    return _Arguments(input, weight, bias, stride, padding, dilation, groups)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.arguments = arguments[3:]
+        ctx.height_and_width = arguments[0].shape[2:]
+        ctx.save_for_backward(arguments[1])
+        return torch.conv2d(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (grad,) = ctx.saved_tensors, grads
+        stride, padding, dilation = ([each] * 2 if isinstance(each, int) else each for each in ctx.arguments[:3])
+        spare = [  # pixels at the end that no window reached
+            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+            for n, m, k, s, p, d in zip(
+                ctx.height_and_width, grad.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+            )
+        ]
+        back = conv_transpose2d(grad, weight, None, stride, padding, spare, ctx.arguments[3], dilation)
+        return (back, *[None] * 6)

@@ -1,0 +1,79 @@
+"""Frozen convolutions: the same derivatives as torch's, and no work for frozen weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import gen
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from robustlens.linalg.frozen_convolutions import FrozenConvolutions
+
+
+def derivatives(layer: nn.Module, x: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """f(x), Jᵀu and Jv at fixed u and v."""
+    point = x.detach().requires_grad_()
+    if frozen:
+        with FrozenConvolutions():
+            y = layer(point)
+    else:
+        y = layer(point)
+    u = torch.randn(y.shape, generator=gen(3), dtype=y.dtype).requires_grad_()
+    v = torch.randn(x.shape, generator=gen(4), dtype=x.dtype)
+    (pulled,) = torch.autograd.grad(y, point, u, create_graph=True)
+    return y, pulled, torch.autograd.grad(pulled, u, v)[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"padding": 1},
+        {"stride": 2},
+        {"stride": 3, "padding": 2},
+        {"stride": (2, 1), "padding": (0, 2)},
+        {"dilation": 2, "padding": 1, "stride": 2},
+        {"groups": 2, "bias": False},
+        {"padding": "same"},
+        {"padding": 1, "padding_mode": "circular"},
+    ],
+    ids=str,
+)
+def test_derivatives_are_those_of_torch(settings: dict[str, Any]) -> None:
+    layer = nn.Conv2d(4, 6, 3, **settings).double().requires_grad_(False)
+    x = torch.randn(3, 4, 11, 8, generator=gen(1), dtype=torch.float64)
+    ours, theirs = (derivatives(layer, x, frozen=frozen) for frozen in (True, False))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def convolutions(*, frozen: bool) -> int:
+    """How many convolutions Jv takes beyond Jᵀu."""
+    layer = nn.Conv2d(4, 6, 3).requires_grad_(False)
+    x = torch.randn(3, 4, 8, 8, generator=gen(1)).requires_grad_()
+    if frozen:
+        with FrozenConvolutions():
+            y = layer(x)
+    else:
+        y = layer(x)
+    u = torch.ones_like(y).requires_grad_()
+    (pulled,) = torch.autograd.grad(y, x, u, create_graph=True)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        torch.autograd.grad(pulled, u, torch.ones_like(x))
+    return sum(event.count for event in seen.key_averages() if event.key in ("aten::conv2d", "aten::_convolution"))
+
+
+def test_frozen_weights_cost_nothing() -> None:
+    assert convolutions(frozen=True) <= 1 < convolutions(frozen=False)
+
+
+def test_weights_that_learn_keep_their_gradient() -> None:
+    layer = nn.Conv2d(2, 3, 3)
+    x = torch.randn(2, 2, 5, 5, generator=gen(1))
+    with FrozenConvolutions():
+        y = layer(x)
+    y.sum().backward()
+    assert layer.weight.grad is not None and bool(layer.weight.grad.any())
