@@ -26,6 +26,13 @@ class Format(StrEnum):
     png = "png"
 
 
+class Depth(StrEnum):
+    """How much is looked at."""
+
+    quick = "quick"
+    full = "full"
+
+
 app = typer.Typer(
     help="Train robust classifiers, look inside them, and test what the papers say about them.",
     no_args_is_help=True,
@@ -112,19 +119,24 @@ def audit(
     mean: Annotated[str | None, typer.Option(help="Channel means to put inside the model: 0.49,0.48,0.45")] = None,
     std: Annotated[str | None, typer.Option(help="Channel deviations to put inside the model.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="At most that many images of each split.")] = 1000,
+    depth: Annotated[
+        Depth, typer.Option(help="quick: minutes on a laptop; full: more of everything, its time is said first.")
+    ] = Depth.quick,
     out: Out = Path("runs/audit"),
     device: Device = "auto",
 ) -> None:
     """Look inside a network of your own, on data of your own."""
     from robustlens.report.page import write_page
-    from robustlens.show import Show, table
+    from robustlens.show import Show, expectation, table
     from robustlens.studies.audit import audit as look
-    from robustlens.studies.audit import open_model, open_splits
+    from robustlens.studies.audit import estimate, open_model, open_splits
 
     splits = open_splits(data, examples=examples)
     network = open_model(model, splits, weights=weights, mean=mean, std=std)
+    if depth is Depth.full:
+        expectation(console, estimate(network, splits, threat=threat, depth="full", device=device))
     with Show(console) as show:
-        run = look(network, splits, threat=threat, label=model, out=out, device=device, watch=show)
+        run = look(network, splits, threat=threat, label=model, depth=depth.value, out=out, device=device, watch=show)
     table(console, [run])
     _say_page(write_page([run], run.path / "report.html", title=f"Audit of {model}"))
 

@@ -93,6 +93,15 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
         console.print(f"⚠ {escape(method)}: {escape(why)}", soft_wrap=True)
 
 
+def expectation(console: Console, seconds: Mapping[str, float]) -> None:
+    """How long the lenses will take, the longest first."""
+    from robustlens.report.numbers import seconds as written
+
+    parts = sorted(seconds.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{name} {written(each)}" for name, each in parts if each >= 1)
+    console.print(f"About {written(sum(seconds.values()))} on this machine: {named}.", soft_wrap=True)
+
+
 def catalogue(console: Console, kind: str | None) -> None:
     """Every plug-in of ``kind`` (of every kind for None; one or many: "lens", "methods") with settings and source."""
     from robustlens.core.discovery import KINDS, discover

@@ -16,9 +16,10 @@ from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.criterion import cross_entropy
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Batch, Split, Subject, Threat
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, sample
+from robustlens.lenses.passes import batches, count, sample
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
@@ -102,6 +103,18 @@ class Accuracy:
             cls(n_examples=24, batch_size=8, pictures=2, attack=quick),
             cls(n_examples=10, radii=(0.1,), split="train", pictures=0, attack=quick),
         ]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=None)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack = self.attack or PGD(threat=subject.threat, steps=50)
+        radii = 4 if self.radii is None else len(self.radii)
+        n = count(getattr(subject.splits, self.split), self.n_examples)
+        return attack.passes * (radii * n) + Passes(forward=(radii + 1) * n, inputs=n)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

@@ -16,11 +16,12 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Batch, Split, Subject, Threat
 from robustlens.lenses.accuracy import at_radius
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
-from robustlens.lenses.passes import batches, draw_seed, sample
+from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import Decomposition, at_once, decompose, jacobian_rows, require_separate
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import wilson
@@ -91,6 +92,17 @@ class Alignment:
             cls(n_examples=8, attack=quick),
             cls(n_examples=5, attack=quick, radii=(0.1,), untrained=False, batch_size=2),
         ]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=1000)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack, n = self.attack or PGD(threat=subject.threat), count(subject.splits.test, self.n_examples)
+        times = (3 if self.radii is None else len(self.radii)) + self.untrained
+        return attack.passes * (times * n) + Passes(inputs=(1 + self.untrained) * len(subject.splits.classes) * n / 2)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

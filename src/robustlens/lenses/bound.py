@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
+from robustlens.core.passes import Passes
 from robustlens.core.types import Split, Subject
 from robustlens.lenses.capacity import (
     Cover,
@@ -30,7 +31,7 @@ from robustlens.lenses.capacity import (
 )
 from robustlens.lenses.nearest import Nearest, nearest_boundary
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, draw_seed, logits, sample
+from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.linalg.layers import LinearOperator, Skipped, operators
 from robustlens.linalg.segments import Walk, walk
 from robustlens.results.errors import InputError
@@ -143,6 +144,16 @@ class GeneralizationBound:
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(n_examples=20, pieces=5), cls(gamma=2.0, dimension=3.0, constant=1.0, n_examples=10, pieces=2)]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=5000)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        n = count(subject.splits.train, self.n_examples)
+        return Passes(forward=n, inputs=150 * min(20, n))
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

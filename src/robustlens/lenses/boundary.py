@@ -14,10 +14,11 @@ from robustlens.attacks.fmn import FMN
 from robustlens.attacks.superdeepfool import SuperDeepFool
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core.discovery import describe
+from robustlens.core.passes import Passes
 from robustlens.core.types import Split, Subject
 from robustlens.lenses.distances import Distances, Nearest, certificate, distances
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, draw_seed, logits, sample
+from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.linalg.lipschitz import Uncertified
 from robustlens.results.correlation import bootstrap_spearman, spearman
 from robustlens.results.errors import InputError
@@ -100,6 +101,16 @@ class BoundaryDistance:
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(n_examples=6, steps=5, samples=4, pictures=2, bins=5), cls(n_examples=4, steps=4, rivals=1)]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=500, steps=100, samples=64)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        n = count(subject.splits.train, self.n_examples) + count(subject.splits.test, self.n_examples)
+        return Passes(inputs=(5 * self.steps + self.samples * self.rivals) * n)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.discovery import describe
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Split, Subject, Threat
 from robustlens.lenses.accuracy import at_radius
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, draw_seed, logits, sample
+from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import Interval, bootstrap_mean, wilson
 from robustlens.results.panels import Curve, Floats, Histogram, Series, Table
@@ -88,6 +89,18 @@ class Confidence:
             cls(n_examples=20, attack=quick, batch_size=8),
             cls(n_examples=None, radii=(0.05,), bins=10, attack=quick),
         ]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=2000)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack, splits = self.attack or PGD(threat=subject.threat), subject.splits
+        radii = 3 if self.radii is None else len(self.radii)
+        n = count(splits.train, self.n_examples) + (1 + radii) * count(splits.test, self.n_examples)
+        return attack.passes * n + Passes(forward=2 * n)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

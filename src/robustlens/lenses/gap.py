@@ -14,9 +14,10 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Split, Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, draw_seed, logits, sample
+from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.results.intervals import bootstrap_difference, bootstrap_mean
 from robustlens.results.panels import Floats, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -57,6 +58,17 @@ class GeneralisationGap:
     def examples(cls) -> list[Self]:
         quick = PGD(threat=Lp("l2", 0.5), steps=3)
         return [cls(n_examples=20, attack=quick, batch_size=8), cls(n_examples=None, robust=False)]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=10_000)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack = self.attack or PGD(threat=subject.threat, steps=20)
+        n = count(subject.splits.train, self.n_examples) + count(subject.splits.test, self.n_examples)
+        return (attack.passes if self.robust else Passes()) * n + Passes(forward=2 * n)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

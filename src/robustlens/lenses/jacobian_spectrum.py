@@ -14,10 +14,11 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Split, Subject
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
-from robustlens.lenses.passes import batches, draw_seed, sample
+from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import at_once, decompose, jacobian_rows, power_method, require_separate, residual
 from robustlens.linalg.regression import MOST, regressed_jacobian
 from robustlens.results.errors import InputError
@@ -89,6 +90,18 @@ class JacobianSpectrum:
             cls(n_examples=8, attack=quick, powered=4),
             cls(n_examples=5, attack=quick, powered=0, regressed=0, batch_size=2),
         ]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=1000, powered=50, iterations=100, regressed=5)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack, n = self.attack or PGD(threat=subject.threat), count(subject.splits.test, self.n_examples)
+        backward = 2 * len(subject.splits.classes) * n + 3 * self.iterations * self.powered
+        answers = 1.5 * math.prod(subject.splits.shape) * self.regressed
+        return attack.passes * n + Passes(forward=2 * n + answers, inputs=backward / 2)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

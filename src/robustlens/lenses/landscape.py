@@ -15,12 +15,13 @@ from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core.discovery import describe
+from robustlens.core.passes import Passes
 from robustlens.core.rng import generator
 from robustlens.core.types import Attack, Split, Subject
 from robustlens.lenses.curve_shape import fitted, resampled, widths
 from robustlens.lenses.displaced import Displaced, Statistics
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import draw_seed, sample
+from robustlens.lenses.passes import count, draw_seed, sample
 from robustlens.linalg.directions import (
     Weights,
     cosine,
@@ -146,6 +147,20 @@ class WeightLandscape:
             cls(n_examples=10, directions=2, alphas=(0.1, 0.2), attack=quick, draws=2, ascent_steps=1, batch_size=4),
             cls(n_examples=8, directions=1, alphas=(0.1, 0.2, 1.0), attack=quick, batch_norm="re-estimated", plane=2),
         ]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=500, directions=10, draws=10, ascent_steps=10, plane=15)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack = self.attack or PGD(threat=subject.threat, steps=3)
+        points = (
+            1 + 2 * 2 * len(self.alphas) * self.directions + self.draws + self.ascent_steps + (self.plane or 0) ** 2
+        )
+        n = count(getattr(subject.splits, self.split), self.n_examples)
+        return (attack.passes + Passes(forward=1)) * (points * n)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

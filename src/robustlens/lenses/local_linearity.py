@@ -16,10 +16,11 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
+from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Split, Subject, Threat
 from robustlens.lenses.linearity_figures import Measured, reading_of
 from robustlens.lenses.oracle import Oracle, linear_subject
-from robustlens.lenses.passes import batches, draw_seed, sample
+from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import Linearization, jvp, power_method
 from robustlens.linalg.regions import DUAL, gradient_norms, observed, pools, require_relu_regions, slopes_along
 from robustlens.results.errors import InputError
@@ -105,6 +106,19 @@ class LocalLinearity:
             cls(n_examples=12, n_norms=4, iterations=4, n_facets=2, batch_size=5),
             cls(n_examples=6, distances=(0.01, 0.1, 1.0), n_norms=2, n_facets=0),
         ]
+
+    @classmethod
+    def thorough(cls) -> Self:
+        """What a thorough look takes."""
+        return cls(n_examples=500, n_norms=100, iterations=30)
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        attack, n = self.attack or PGD(threat=subject.threat), count(subject.splits.test, self.n_examples)
+        facets = 3 if self.n_facets is None else self.n_facets
+        along = 10 * (3 * self.iterations + 4) * self.n_norms
+        columns = 3 * math.prod(subject.splits.shape) * facets
+        return attack.passes * n + Passes(forward=48 * n, inputs=(30 * n + along + columns) / 2)
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

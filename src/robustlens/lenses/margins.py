@@ -13,9 +13,10 @@ from torch import Generator, Tensor
 
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
+from robustlens.core.passes import Passes
 from robustlens.core.types import Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, draw_seed, logits, sample
+from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.linalg.layers import Skipped, operators
 from robustlens.results.intervals import bootstrap_mean, wilson
 from robustlens.results.panels import Floats, Histogram, Table
@@ -54,6 +55,11 @@ class LogitMargins:
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(n_examples=40), cls(near=0.5, bins=10, by_complexity=True, batch_size=16)]
+
+    def cost(self, subject: Subject) -> Passes:
+        """At most, for one example each."""
+        splits = subject.splits
+        return Passes(forward=count(splits.train, self.n_examples) + count(splits.test, self.n_examples))
 
     @classmethod
     def oracles(cls) -> list[Oracle]:

@@ -28,6 +28,11 @@ def sample(split: Split, n: int | None) -> Tensor:
     return torch.randperm(len(split), generator=Generator().manual_seed(0))[:n]
 
 
+def count(split: Split, n: int | None) -> int:
+    """How many examples ``sample`` takes."""
+    return len(split) if n is None else min(n, len(split))
+
+
 def batches(subject: Subject, split: Split, order: Tensor, size: int) -> Iterator[Batch]:
     """The examples at ``order``, in batches of at most ``size``, on the subject's device."""
     for batch in split.batches(size, order=order):

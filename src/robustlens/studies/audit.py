@@ -22,7 +22,8 @@ from robustlens.data.splitting import assemble, stratified_order
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest
-from robustlens.studies.config import LENSES, Plugin, validated
+from robustlens.studies.config import Plugin, validated
+from robustlens.studies.depth import Depth, expected_seconds, lenses_at
 from robustlens.studies.plan import run_directory
 from robustlens.studies.run import SilentStudy, StudyWatch, examine, pick_device, provenance
 from robustlens.threats.lp import Lp
@@ -35,7 +36,8 @@ def audit(
     data: Splits | Arrays,
     *,
     threat: str | Lp,
-    lenses: Sequence[Plugin] = LENSES,
+    lenses: Sequence[Plugin] | None = None,
+    depth: Depth = "quick",
     label: str = "model",
     out: str | Path = "runs/audit",
     seed: int = 0,
@@ -48,7 +50,9 @@ def audit(
         model: maps images in [0, 1] (B, C, H, W) to logits (B, K); its normalization lives inside it.
         data: splits from ``load``, or (images, labels) to test on, as numpy arrays or tensors.
         threat: what robustness is measured against, such as "linf:8/255".
-        lenses: names or settings of lenses.
+        lenses: names or settings of lenses; None takes all of them.
+        depth: where all are taken: "quick" is minutes on a laptop, "full" has more examples, steps and directions
+            (``estimate`` says how long it takes).
         label: names the model in tables and charts.
         out: where the run directory is made; it is addressed by the network (its layers, weights and answers to some
             test images), data, threat and seed.
@@ -57,12 +61,25 @@ def audit(
         InputError: images outside [0, 1], a model of other shape than the data, an unknown lens, …
     """
     watch = watch or SilentStudy()
-    chosen: list[Lens] = [discovery.build("lens", lens) for lens in lenses]
-    threat = Lp.parse(threat) if isinstance(threat, str) else threat
+    chosen = lenses_at(depth) if lenses is None else tuple(discovery.build("lens", lens) for lens in lenses)
+    subject = _subject(model, data, threat, device)
+    with _modes_kept(model):
+        return _looked(subject, chosen, label, Path(out), seed, watch)
+
+
+def estimate(
+    model: nn.Module, data: Splits | Arrays, *, threat: str | Lp, depth: Depth = "full", device: str = "auto"
+) -> dict[str, float]:
+    """Seconds that each lens will take in an ``audit`` on this machine, by the passes that it counts."""
+    with _modes_kept(model):
+        return expected_seconds(lenses_at(depth), _subject(model, data, threat, device))
+
+
+def _subject(model: nn.Module, data: Splits | Arrays, threat: str | Lp, device: str) -> Subject:
     place = pick_device(device)
     splits = (data if isinstance(data, Splits) else from_arrays(test=data)).to(place)
-    with _modes_kept(model):
-        return _looked(model, splits, threat, chosen, label, Path(out), seed, place, watch)
+    threat = Lp.parse(threat) if isinstance(threat, str) else threat
+    return Subject(check_model(model.to(place), splits.shape, len(splits.classes)), splits, threat, place)
 
 
 @contextmanager
@@ -76,31 +93,22 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _looked(
-    model: nn.Module,
-    splits: Splits,
-    threat: Lp,
-    chosen: Sequence[Lens],
-    label: str,
-    out: Path,
-    seed: int,
-    place: torch.device,
-    watch: StudyWatch,
+    subject: Subject, chosen: Sequence[Lens], label: str, out: Path, seed: int, watch: StudyWatch
 ) -> RunDirectory:
-    model = check_model(model.to(place), splits.shape, len(splits.classes)).eval()
+    model, splits = subject.model.eval(), subject.splits
     settings = {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "weights": fingerprint(model),
         "behaviour": digest({"layers": str(model), "answers": _hash(_answers(model, splits))}),
         "data": [getattr(splits, part).fingerprint() for part in ("train", "test")],
-        "threat": str(threat),
+        "threat": str(subject.threat),
         "seed": seed,
     }
     address = digest(settings)
     directory = run_directory(out, label, seed, address)
     with directory.lock():
         record = {"label": label, "study": "audit", "hash": address, "seed": seed, "config": settings}
-        directory.write_json("run.json", {**record, "provenance": provenance(splits, place), "finished": True})
-        subject = Subject(model, splits, threat, place)
+        directory.write_json("run.json", {**record, "provenance": provenance(splits, subject.device), "finished": True})
         for piece, lens in enumerate(chosen):
             watch.begin(piece, len(chosen), label, lens.name)
             _, already = examine(lens, subject, directory, seed=seed, facts={})
