@@ -15,6 +15,7 @@ from robustlens.cli import app
 from robustlens.core.discovery import discover
 from robustlens.studies.config import make_study
 from robustlens.studies.plan import make_plan
+from robustlens.studies.run import run_study
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +71,27 @@ def test_how_to_choose_names_every_method_and_its_studies_can_be_planned() -> No
     assert [c.name for c in run.recipe.constraints] == ["spectral-clip"]
     first, second = make_plan(make_study({**base, "methods": papers})).runs
     assert second.start is first
+
+
+def test_lenses_names_every_lens_and_its_examples_work(tmp_path: Path) -> None:
+    text = (ROOT / "docs/lenses.md").read_text()
+    assert not [name for name in discover("lens") if f"| `{name}` " not in text]
+    (block,) = blocks("docs/lenses.md", "toml")
+    base = {"data": {"source": "digits", "train": 60, "valid": 20, "test": 20}, "model": "mlp", "threat": "l2:0.5"}
+    plan = make_plan(
+        make_study({**base, "methods": [{"label": "standard"}], "training": {"epochs": 20}} | tomllib.loads(block))
+    )
+    assert plan.kept_epochs == {1, 5, 10, 20} and len(plan.lenses) == 4
+    study = {
+        **base,
+        "methods": [{"label": "standard"}],
+        "training": {"epochs": 1},
+        "seeds": [0, 1],
+        "lenses": ["layer-spectra"],
+    }
+    names: dict[str, object] = {"runs": run_study(make_study(study), tmp_path)}
+    (code,) = blocks("docs/lenses.md", "python")
+    exec(compile(code, "docs/lenses.md", "exec", dont_inherit=True), names)
 
 
 def test_every_link_in_the_docs_leads_somewhere() -> None:

@@ -84,7 +84,7 @@ ROWS = {
     "mmr": regularized(
         {"name": "mmr", "weight": 1.0, "gamma_b": 0.45, "gamma_d": 0.45, "warmup": 0},
         "l2:0.3",
-        0,
+        None,
         model={"name": "mlp", "hidden": 64},
     ),
     "deep-defense": regularized({"name": "deep-defense", "iterations": 3}, "l2:1.5", 5, fine_tunes=True),

@@ -24,6 +24,7 @@ from robustlens.attacks.fgsm import FGSM
 from robustlens.attacks.noise import UniformNoise
 from robustlens.core.rng import generator
 from robustlens.core.types import Batch, Split, Splits
+from robustlens.objectives.adversarial import Adversarial
 from robustlens.objectives.standard import Standard
 from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
@@ -305,6 +306,12 @@ def test_a_loss_that_is_nan_names_its_place_and_keeps_the_checkpoints(tmp_path: 
         assert bool(torch.isfinite(file.get_tensor("model/fc.weight")).all())
     assert (facts["epoch"], facts["step"]) == (1, 2)
     assert len(RunDirectory(tmp_path / "nan").metrics()) == 1
+
+
+def test_an_attack_that_meets_nan_stops_the_run_in_the_same_way(tmp_path: Path) -> None:
+    in_train_mode = Adversarial(attack=FGSM(threat=Lp("l2", 0.5)), craft_mode="train")
+    with pytest.raises(TrainingStopped, match=r"the attack failed \(FGSM .*\) in epoch 1, step 3\..*smaller learning"):
+        run(tmp_path, config(), make=lambda: Sizes(broken=5), objective=in_train_mode)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -84,7 +84,7 @@ def distances(
     upper, x_adv = _upper(model, Batch(x, top, batch.index), attacks, gen)
     radius = torch.nan_to_num(upper, nan=threat.eps)
     with untouched(model):
-        estimate = _estimate(model, x, top, threat, radius, most, samples, gen)
+        estimated = estimate(model, x, top, threat, radius, most, samples, gen)
         with torch.no_grad():
             became = model(x_adv).argmax(1)
     lower = torch.full_like(upper, torch.nan, dtype=torch.float64)
@@ -95,7 +95,7 @@ def distances(
         Nearest(x[i].cpu(), x_adv[i].cpu(), int(batch.y[i]), int(became[i]), float(upper[i]))
         for i in (right & ~upper.isnan()).nonzero()[:, 0].tolist()
     ]
-    columns = (right, logit_margin(logits, top), lower, estimate, upper)
+    columns = (right, logit_margin(logits, top), lower, estimated, upper)
     right_, *rest = (column.cpu().numpy() for column in columns)
     return Distances(right_, *(values.astype(np.float64) for values in rest)), nearest
 
@@ -144,7 +144,7 @@ def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(chosen.view(-1, *[1] * (new.ndim - 1)), new, old)
 
 
-def _estimate(
+def estimate(
     model: nn.Module, x: Tensor, top: Tensor, threat: Lp, radius: Tensor, most: int, samples: int, gen: Generator
 ) -> Tensor:
     """max_R min(min_k (f_ŷ − f_k)(x) / L_k(R), R) (B,) over the balls of SHARES · ``radius`` (B,).

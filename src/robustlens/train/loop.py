@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustlens.attacks.verify import evaluate
+from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core import discovery
 from robustlens.core.modes import untouched
 from robustlens.core.rng import derive, generator
@@ -180,13 +180,14 @@ class _Trainer:
     def _step(self, batch: Batch, gen: torch.Generator, *, number: int) -> None:
         config, now = self.config, self.now
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.recipe.update.backward(self.model, self.recipe.objective, self.recipe.regularizers, batch, gen=gen)
+        recipe = self.recipe
+        try:
+            terms = recipe.update.backward(self.model, recipe.objective, recipe.regularizers, batch, gen=gen)
+        except AttackBroken as error:
+            raise self._stopped(f"the attack failed ({error})", number) from error
         loss = terms.loss.item()
         if not math.isfinite(loss):
-            raise TrainingStopped(
-                f"Training stopped: the loss is {loss} in epoch {now.epoch + 1}, step {number + 1}. The last good "
-                "checkpoint is kept. Try a smaller learning rate, training.grad_clip = 1.0, or a smaller radius."
-            )
+            raise self._stopped(f"the loss is {loss}", number)
         if config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
@@ -198,6 +199,12 @@ class _Trainer:
         now.seen += len(batch)
         for name, value in terms.parts.items():
             now.parts[name] = now.parts.get(name, 0.0) + float(value.detach()) * len(batch)
+
+    def _stopped(self, why: str, number: int) -> TrainingStopped:
+        return TrainingStopped(
+            f"Training stopped: {why} in epoch {self.now.epoch + 1}, step {number + 1}. The last good checkpoint is "
+            "kept. Try a smaller learning rate, training.grad_clip = 1.0, or a smaller radius."
+        )
 
     def _constrain(self, moment: str, facts: dict[str, float]) -> None:
         for constraint in self.recipe.constraints:

@@ -1,0 +1,184 @@
+"""What the lenses compute, beside the public ways to it, in one process.
+
+* ``layer spectra``: all singular values of ResNet-18's convolutions of stride 1, against NumPy's ``fft2`` and ``svd``
+  over all frequencies (the recipe of Sedghi, Gupta and Long 2019, appendix).
+* ``Jacobian spectra``: the Jacobians of 200 images, against the faster of ``is_grads_batched``, copies of the images
+  and ``vmap(jacrev)``.
+* ``boundary estimate``: seconds an image, against ART's CLEVER with as many samples, if it is installed.
+* ``Hessian``: products with the Hessian until the three leading eigenvalues have a residual of 1e-3, against
+  PyHessian's power iteration, if it is installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev, vmap
+
+from benchmarks.harness import Case, Row, compare, interleave
+from benchmarks.methods import learnt
+from benchmarks.peers import installed
+from benchmarks.workload import WORKLOADS, Bench, Plan
+from robustlens.core.modes import untouched
+from robustlens.core.rng import generator
+from robustlens.lenses.distances import SHARES, estimate
+from robustlens.linalg.hessian import LossHessian, flat, weights
+from robustlens.linalg.jacobian import decompose, jacobian_rows
+from robustlens.linalg.lanczos import eigenpairs
+from robustlens.linalg.layers import ConvOperator, operators
+from robustlens.threats.lp import Lp
+
+#: Residual that the eigenvalues have to reach.
+RESIDUAL = 1e-3
+
+
+def run(plan: Plan) -> list[Row]:
+    """One row per measurement and network."""
+    bench = learnt("lenet-small", plan)
+    return [spectra(plan), *jacobians(plan), *boundary(bench), *hessian(bench)]
+
+
+def spectra(plan: Plan) -> Row:
+    bench = Bench(plan.workload("resnet18"), plan)
+    found = [layer for layer in operators(bench.model, bench.batch.x[:1]) if isinstance(layer, ConvOperator)]
+    layers = [layer for layer in found if layer.stride == (1, 1)]
+    kernels = [layer.weight.detach().numpy().transpose(2, 3, 0, 1) for layer in layers]
+
+    def recipe() -> None:
+        for layer, kernel in zip(layers, kernels, strict=True):
+            np.linalg.svd(np.fft.fft2(kernel, layer.circle, axes=(0, 1)), compute_uv=False)
+
+    def ours() -> None:
+        for layer in layers:
+            layer.spectrum()
+
+    # A round takes minutes: the recipe's matrices are many and large.
+    seconds = interleave([Case("recipe", recipe), Case("ours", ours)], rounds=min(plan.rounds, 3), device=plan.device)
+    note = f"{len(layers)} layers"
+    return Row(
+        benchmark="lenses",
+        model="resnet18",
+        case="layer spectra, to the NumPy recipe",
+        bar=0.2,
+        note=note,
+        **compare(seconds["ours"], seconds["recipe"]),
+    )
+
+
+def jacobians(plan: Plan) -> Iterator[Row]:
+    for name in ("lenet-small", "mnist-cnn"):
+        bench = learnt(name, plan)
+        x = bench.batch.x.repeat(2, 1, 1, 1)[: 8 if plan.tiny else 200]
+        cases = [Case(way, ready(run_, bench.model, x), before=bench.freeze) for way, run_ in WAYS.items()]
+        seconds = interleave(cases, rounds=plan.rounds, device=plan.device)
+        others = [min(each) for each in zip(*(seconds[way] for way in WAYS if way != "ours"), strict=True)]
+        found = compare(seconds["ours"], others)
+        found["measured"] |= {way: float(np.median(each)) for way, each in seconds.items()}
+        case = "Jacobian spectra, to the fastest other way"
+        yield Row(benchmark="lenses", model=name, case=case, bar=1.0, note=f"{len(x)} images", **found)
+
+
+def ready(way: Callable[[nn.Module, Tensor], Tensor], model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """All singular values, the Jacobians taken 50 images at a time."""
+
+    def run_() -> None:
+        for part in x.split(50):
+            decompose(way(model, part))
+
+    return run_
+
+
+def batched(model: nn.Module, x: Tensor) -> Tensor:
+    point = x.clone().requires_grad_()
+    logits = model(point)
+    axes = torch.eye(logits.shape[1])[:, None].expand(-1, *logits.shape)
+    (rows,) = torch.autograd.grad(logits, point, axes, is_grads_batched=True)
+    return rows.flatten(2).transpose(0, 1)
+
+
+def replicated(model: nn.Module, x: Tensor) -> Tensor:
+    classes = model(x[:1]).shape[1]
+    point = x.repeat_interleave(classes, 0).requires_grad_()
+    total = (model(point) * torch.eye(classes).repeat(len(x), 1)).sum()
+    return torch.autograd.grad(total, point)[0].view(len(x), classes, -1)
+
+
+def functional(model: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = vmap(jacrev(lambda image: model(image[None])[0]))(x)
+    return found.flatten(2)
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "ours": jacobian_rows,
+    "is_grads_batched": batched,
+    "copies": replicated,
+    "vmap(jacrev)": functional,
+}
+
+
+def boundary(bench: Bench) -> Iterator[Row]:
+    """ART attacks one image at a time, and samples anew for every class; the estimate takes a batch and all classes."""
+    case = "boundary estimate, to ART's CLEVER"
+    if not installed("art"):
+        note = "not installed: pip install adversarial-robustness-toolbox"
+        yield Row(benchmark="lenses", model=bench.work.model, case=case, note=note)
+        return
+    from art.estimators.classification import PyTorchClassifier
+    from art.metrics import clever_u
+
+    plan, samples, n = bench.plan, 16 if bench.plan.tiny else 128, min(4 if bench.plan.tiny else 16, len(bench.batch))
+    x, radius, threat = bench.batch.x[:n], 1.5, Lp("l2", 1.5)
+    classifier = PyTorchClassifier(bench.model, nn.CrossEntropyLoss(), WORKLOADS["lenet-small"].shape, 10)
+
+    def art() -> None:
+        clever_u(classifier, x[0].numpy(), samples // 16, 16, radius, norm=2, verbose=False)
+
+    def ours() -> None:
+        top = bench.model(x).argmax(1)
+        with untouched(bench.model):
+            estimate(bench.model, x, top, threat, torch.full((n,), radius), 9, samples, bench.gen)
+
+    cases = [Case("art", art, before=bench.freeze), Case("ours", ours, before=bench.freeze)]
+    seconds = interleave(cases, rounds=plan.rounds, device=plan.device)
+    found = compare([each / n for each in seconds["ours"]], seconds["art"])
+    note = f"{samples} samples an image, {len(SHARES)} balls"
+    yield Row(benchmark="lenses", model=bench.work.model, case=case, bar=0.1, note=note, **found)
+
+
+def hessian(bench: Bench) -> Iterator[Row]:
+    """Products, not seconds: the count does not depend on the machine."""
+    case, k = "Hessian, products to PyHessian's", 3
+    if not installed("pyhessian"):
+        yield Row(benchmark="lenses", model=bench.work.model, case=case, note="not installed: pip install pyhessian")
+        return
+    import pyhessian
+    from pyhessian.hessian import hessian as Peer
+
+    bench.model.eval().requires_grad_(True)
+    at, (x, y) = weights(bench.model), (bench.batch.x, bench.batch.y)
+    product = LossHessian(bench.model, at, x, y, chunk=len(x))
+    ours = eigenpairs(product, flat(at.values()), k, gen=generator("cpu", 0, "hessian"), tolerance=RESIDUAL)
+    peer = Peer(bench.model, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
+    steps, worst, most = 8, math.inf, 64 if bench.plan.tiny else 4096
+    while worst > RESIDUAL and steps < most:
+        steps *= 2
+        torch.manual_seed(0)
+        values, vectors = peer.eigenvalues(maxIter=steps, tol=0.0, top_n=k)
+        apart = []
+        for value, vector in zip(values, vectors, strict=True):
+            v = flat(vector)
+            apart.append(float((product(v) - value * v).norm() / (abs(value) * v.norm())))
+        worst = max(apart)
+    theirs = k * steps
+    measured = {"ours": ours.products, "theirs": theirs, "residuals": ours.residuals.tolist(), "theirs_worst": worst}
+    reached = "" if worst <= RESIDUAL else f"; it ended at {worst:.1e}"
+    note = f"{ours.products} products against {theirs} of PyHessian {getattr(pyhessian, '__version__', '')}{reached}"
+    ratio = ours.products / theirs
+    yield Row(
+        benchmark="lenses", model=bench.work.model, case=case, ratio=ratio, low=ratio, high=ratio, n=1, bar=1 / 3,
+        measured=measured, note=note,
+    )  # fmt: skip
