@@ -279,7 +279,7 @@ class Once(nn.Module):
 
 def test_what_is_refused(images: Tensor, labels: Tensor, linear: nn.Module) -> None:
     once = Once()
-    with pytest.raises(InputError, match=r"differentiated twice.*once_differentiable.*leave the lens out"):
+    with pytest.raises(InputError, match=r"differentiated twice.*once_differentiable.*leave this out"):
         Hessian(full="off").look(subject(once, images, labels, Lp("l2", 0.1)), gen=gen())
     require_curvature(linear, weights(linear), images, labels, "anything", image=True)
     assert all(p.grad is None for p in [*once.parameters(), *linear.parameters()])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from robustlens.attacks.fgsm import FGSM
+from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Batch, Crafted, Objective, Terms
 from robustlens.objectives.adversarial import Adversarial
 from robustlens.objectives.standard import Standard
@@ -20,7 +21,6 @@ from robustlens.regularizers.input_gradient import InputGradient
 from robustlens.regularizers.jacobian import Jacobian
 from robustlens.regularizers.local_linearity import LocalLinearity
 from robustlens.regularizers.loss_surface import nearby_and_clean_logits, slope
-from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 from robustlens.updates.descend import Descend

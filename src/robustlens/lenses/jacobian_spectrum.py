@@ -15,6 +15,7 @@ from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
+from robustlens.core.second_derivative import differentiating_twice
 from robustlens.core.types import Attack, Split, Subject
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
@@ -197,16 +198,9 @@ class JacobianSpectrum:
         start = torch.empty_like(x).normal_(generator=gen)
         with untouched(subject.model):
             exact = decompose(jacobian_rows(subject.model, x)).s
-            try:
+            with differentiating_twice(f"the power method of {self.name}", fix="Set powered = 0."):
                 u, v, sigma = power_method(subject.model, x, start, self.iterations)
                 left = residual(subject.model, x, u, v, sigma)
-            except RuntimeError as error:
-                raise InputError(
-                    f"the power method of {self.name}",
-                    expected="layers that can be differentiated twice",
-                    got=str(error).partition("\n")[0],
-                    fix="Set powered = 0.",
-                ) from error
         away = (sigma[:, None].double() - exact).abs().amin(1)
         return torch.where(sigma > 0, away / sigma.double(), (exact[:, 0] > 0).double()), left.double()
 

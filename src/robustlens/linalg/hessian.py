@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from robustlens.core.second_derivative import differentiating_twice
 from robustlens.results.errors import InputError
 
 Weights = Mapping[str, Tensor]
@@ -141,15 +142,7 @@ def require_curvature(model: nn.Module, at: Weights, x: Tensor, y: Tensor, who: 
     Raises:
         InputError: a layer has no second derivative, such as an autograd function marked ``once_differentiable``.
     """
-    try:
+    with differentiating_twice(f"a network under {who}"):
         _, grads = slopes(model, at, x, y, cross_entropy_sum, image=image)
-        torch.autograd.backward(
-            torch.stack([g.square().sum() for g in grads]).sum()
-        )  # every branch, so that none is gone around
-    except RuntimeError as error:
-        raise InputError(
-            f"a network under {who}",
-            expected="layers that can be differentiated twice",
-            got=str(error).partition("\n")[0],
-            fix="Write the layer's backward pass with differentiable operations, or leave the lens out.",
-        ) from error
+        total = torch.stack([g.square().sum() for g in grads]).sum()
+        torch.autograd.backward(total)  # every branch, so that none is gone around

@@ -11,10 +11,10 @@ from torch import Generator, Tensor, nn
 
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
+from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
 from robustlens.linalg.jacobian import power_method
 from robustlens.regularizers.loss_surface import clean_logits, inner, nearby_and_clean_logits
-from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 

@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 
 from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
+from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
-from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 
 

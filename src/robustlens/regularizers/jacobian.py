@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.core.passes import Passes
+from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
 from robustlens.regularizers.loss_surface import clean_logits
-from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 
 

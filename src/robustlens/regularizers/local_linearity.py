@@ -10,9 +10,9 @@ from torch import Generator, Tensor, nn
 
 from robustlens.core.modes import still
 from robustlens.core.passes import Passes
+from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms, Threat
 from robustlens.regularizers.loss_surface import inner, losses, nearby_and_clean_logits, slope
-from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
+from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Moment, Terms
 from robustlens.linalg.regions import DUAL, gradient_norms, observed, require_relu_regions
-from robustlens.regularizers.second_derivative import require_second_derivative
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import NORMS, Norm
 

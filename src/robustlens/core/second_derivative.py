@@ -1,6 +1,9 @@
-"""What a penalty on the gradient with respect to the images asks of a network: two derivatives."""
+"""What a penalty on a gradient, and a product with a Hessian, ask of a network: two derivatives."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,18 @@ from torch.func import functional_call
 
 from robustlens.core.modes import still
 from robustlens.results.errors import InputError
+
+
+@contextmanager
+def differentiating_twice(
+    what: str, fix: str = "Write the layer's backward pass with differentiable operations, or leave this out."
+) -> Iterator[None]:
+    """Say what to do where a layer has no second derivative; raises InputError about ``what``."""
+    try:
+        yield
+    except RuntimeError as error:
+        got = str(error).partition("\n")[0]
+        raise InputError(what, expected="layers that can be differentiated twice", got=got, fix=fix) from error
 
 
 def require_second_derivative(model: nn.Module, x: Tensor, who: str) -> None:
@@ -24,13 +39,6 @@ def require_second_derivative(model: nn.Module, x: Tensor, who: str) -> None:
     with torch.enable_grad(), still(model):
         copies = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
         first_class = functional_call(model, copies, (x,)).log_softmax(1)[:, 0].sum()
-        try:
+        with differentiating_twice(f"a network under {who}"):
             (slope,) = torch.autograd.grad(first_class, x, create_graph=True)
             torch.autograd.backward(slope.square().sum())  # every branch of the graph, so that none is gone around
-        except RuntimeError as error:
-            raise InputError(
-                f"a network under {who}",
-                expected="layers that can be differentiated twice",
-                got=str(error).partition("\n")[0],
-                fix="Write the layer's backward pass with differentiable operations, or leave the method out.",
-            ) from error
