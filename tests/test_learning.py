@@ -59,6 +59,8 @@ def regularized(regularizer: dict[str, Any], threat: str, least: float | None, *
 
 ROWS = {
     "pgd": Row({"objective": PGD_AT}, "l2:1.5", 30),
+    "pgd-half-clean": Row({"objective": PGD_AT | {"clean_weight": 0.5}}, "l2:1.5", 30),
+    "pgd-averaged": Row({"objective": PGD_AT, "training": {"averaging": 0.99}}, "l2:1.5", 30),
     "trades": Row({"objective": {"name": "trades", "threat": "l2:1.5", "steps": 5}}, "l2:1.5", 30),
     "mart": Row({"objective": {"name": "mart", "attack": PGD5}}, "l2:1.5", 30),
     "logit-pairing": Row({"objective": {"name": "logit-pairing", "attack": PGD5}}, "l2:1.5", 30),
@@ -81,6 +83,9 @@ ROWS = {
     "local-linearity": regularized({"name": "local-linearity", "threat": "linf:0.1", "steps": 3}, "linf:0.1", 40),
     "orthogonality": regularized(ORTHOGONALITY, "l2:1.5", 5),
     "average-margin": Row({"regularizers": [{"name": "average-margin", "weight": 0.1}, ORTHOGONALITY]}, "l2:1.5", 10),
+    "average-margin-hinge": Row(
+        {"regularizers": [{"name": "average-margin", "weight": 0.1, "variant": "hinge"}, ORTHOGONALITY]}, "l2:1.5", 10
+    ),
     "mmr": regularized(
         {"name": "mmr", "weight": 1.0, "gamma_b": 0.45, "gamma_d": 0.45, "warmup": 0},
         "l2:0.3",
@@ -123,15 +128,10 @@ def robust(row: Row, method: dict[str, Any], place: Path) -> np.ndarray:
     quick = PGD(threat=Lp.parse(row.threat), steps=5)
     stages = [({}, 2e-3), (method, 2e-4)] if row.fine_tunes else [(method, 2e-3)]
     for number, (settings, lr) in enumerate(stages):
-        config = TrainingConfig.model_validate(
-            {
-                "epochs": 1,
-                "optimizer": {"name": "adam", "lr": lr},
-                "schedule": {"name": "one-cycle"},
-                "validation_examples": 100,
-            }
-        )
-        recipe = make_recipe(MethodConfig.model_validate({"label": "it", **settings}))
+        described = MethodConfig.model_validate({"label": "it", **settings})
+        usual = {"optimizer": {"name": "adam", "lr": lr}, "schedule": {"name": "one-cycle"}, "validation_examples": 100}
+        config = TrainingConfig.model_validate({"epochs": 1, **usual, **described.training})
+        recipe = make_recipe(described)
         run = RunDirectory(place / str(number))
         train(model, digits, recipe, config, seed=0, run=run, validation=quick)
     judge = PGD(threat=Lp.parse(row.threat), steps=50, restarts=2, loss="margin", early_stop=True)

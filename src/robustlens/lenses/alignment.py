@@ -75,7 +75,7 @@ class Alignment:
     attack: Attack | None = None
     n_examples: int | None = 200
     untrained: bool = True
-    batch_size: int = 50
+    batch_size: int = 200
 
     def __post_init__(self) -> None:
         if self.radii is not None and not all(radius > 0 for radius in self.radii):

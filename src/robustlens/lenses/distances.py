@@ -23,6 +23,8 @@ from robustlens.threats.lp import Lp
 
 #: Radii of the balls that gradients are sampled in, as shares of the attack's distance.
 SHARES = (0.25, 0.5, 0.75, 1.0)
+#: Points at which gradients are computed together.
+TOGETHER = 256
 #: Halvings of the segment to the nearest adversarial image: a relative error of 2^−16.
 HALVINGS = 16
 
@@ -161,9 +163,14 @@ def estimate(
     best = torch.zeros_like(radius)
     for share in SHARES:
         reach = share * radius
-        for _ in range(max(1, samples // len(SHARES))):
-            point = x + reach[:, None, None, None] * unit.noise(x, gen)
-            steepest = steepest.maximum(_slope_sizes(model, point, top, order, threat))
+        left = max(1, samples // len(SHARES))
+        while left:
+            copies = min(left, max(1, TOGETHER // len(x)))
+            point = x.repeat(copies, 1, 1, 1)
+            point += reach.repeat(copies)[:, None, None, None] * unit.noise(point, gen)
+            sizes = _slope_sizes(model, point, top.repeat(copies), order.repeat(copies, 1), threat)
+            steepest = steepest.maximum(sizes.view(copies, *steepest.shape).amax(0))
+            left -= copies
         flat = torch.where(leads > 0, leads / steepest, 0.0).amin(1)
         best = best.maximum(flat.minimum(reach))
     return best

@@ -76,7 +76,7 @@ class JacobianSpectrum:
     powered: int = 10
     iterations: int = 30
     regressed: int = 1
-    batch_size: int = 50
+    batch_size: int = 200
 
     def __post_init__(self) -> None:
         for field, least in (("powered", 0), ("regressed", 0), ("iterations", 1), ("batch_size", 1)):

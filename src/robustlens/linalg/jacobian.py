@@ -115,9 +115,9 @@ def jacobian_rows(model: nn.Module, x: Tensor) -> Tensor:
     """J (B, K, n) of every image ``x`` (B, C, H, W), one backward pass a class over one forward pass.
 
     Why a loop: batching the same backward passes (``is_grads_batched``), copying the images K times, and
-    ``vmap(jacrev)`` give the same rows to rounding. For 32 images and 10 classes on one core the four took 0.24, 0.26,
-    0.39, 0.32 s (mnist-cnn), 0.80, 1.04, 1.86, 1.01 s (cifar-cnn) and 0.06, 0.03, 0.04, 0.03 s (lenet-small): the loop
-    loses only where a pass costs nothing. It also holds K times less, and needs no batching rule of any layer.
+    ``vmap(jacrev)`` give the same rows to rounding. The loop is the fastest of them as long as a pass has enough to do
+    (``python -m benchmarks lenses``; with 25 images of a network as small as lenet-small it takes a quarter longer than
+    the batched passes). It also holds K times less, and needs no batching rule of any layer.
     """
     point = x.detach().requires_grad_()
     with torch.enable_grad():

@@ -44,6 +44,7 @@ class Eigenpairs:
         inside: the trace of H within the span of ``basis``.
         orthogonality: ‖VᵀV − I‖₂ of that basis.
         products: how often H was applied.
+        verifying: how many of these went into second starts.
     """
 
     values: Tensor
@@ -57,6 +58,7 @@ class Eigenpairs:
     inside: float
     orthogonality: float
     products: int
+    verifying: int
 
 
 def eigenpairs(
@@ -72,13 +74,14 @@ def eigenpairs(
 ) -> Eigenpairs:
     """The k leading eigenpairs of H by Lanczos with two-pass full reorthogonalisation and thick restarts.
 
-    A restart keeps the best Ritz vectors and goes on from the direction in which all of them err (Wu & Simon 2000,
-    SIAM J. Matrix Anal. Appl. 22, 602–616), until ‖Hv − λv‖ ≤ tolerance · |λ| for the k best. Then a second random
-    start, orthogonal to what was found, takes 22 steps: an eigenvalue that comes before the k-th one was missed, and
-    takes its place. This is also how copies of a multiple eigenvalue are found, of which one start sees one.
+    The basis stops growing once the k best Ritz pairs are within the tolerance, by the norm that is left over in every
+    step. A restart keeps the best Ritz vectors and goes on from the direction in which all of them err (Wu & Simon
+    2000, SIAM J. Matrix Anal. Appl. 22, 602–616), until ‖Hv − λv‖ ≤ tolerance · |λ| for the k best. Then a second
+    random start, orthogonal to what was found, takes 22 steps: an eigenvalue that comes before the k-th one was missed,
+    and takes its place. This is also how copies of a multiple eigenvalue are found, of which one start sees one.
 
-    Costs ``steps`` products, about ⅔ · ``steps`` for each restart, k for the residuals and 22 for the second start;
-    memory for (steps + 1) · d numbers.
+    Costs at most ``steps`` products, about ⅔ · ``steps`` for each restart, k for the residuals and 22 for the second
+    start; memory for (steps + 1) · d numbers.
 
     Args:
         like: (d,), tells size, precision and device.
@@ -101,7 +104,7 @@ def eigenpairs(
     rest = []
     for _ in range(k if k < len(like) else 0):
         other = _Krylov(apply, like, 22, gen, locked=vectors)
-        other.climb(1, which, tolerance / 2, 0)
+        other.grow(0)
         second = float(other.ritz(which)[0][0])
         rest = [other.quadrature()]
         complete = not _precedes(second, values, which, tolerance)
@@ -129,6 +132,7 @@ def eigenpairs(
         inside=inside,
         orthogonality=orthogonality(basis),
         products=products,
+        verifying=products - first.products - k,
     )
 
 
@@ -212,29 +216,29 @@ def trace(apply: Operator, like: Tensor, *, probes: int, gen: Generator, known: 
 
 
 class _Krylov:
-    """``basis`` rows V with small = V H Vᵀ and HVᵀ = Vᵀ small + edge · next eᵀ; row ``size`` is the next direction.
+    """``size`` rows V of ``basis`` with small = V H Vᵀ and HVᵀ = Vᵀ small + edge · next eᵀ; the row after is ``next``.
 
     With ``locked`` (l, d), orthonormal, everything happens in its orthogonal complement.
     """
 
     def __init__(self, apply: Operator, like: Tensor, size: int, gen: Generator, *, locked: Tensor | None = None):
         self.room = len(like) - (0 if locked is None else len(locked))
-        self.size = min(size, self.room)
-        self.basis = like.new_zeros(self.size + 1, len(like))
-        self.small = torch.zeros(self.size, self.size, dtype=torch.float64, device=like.device)
+        self.most, self.size = min(size, self.room), 0
+        self.basis = like.new_zeros(self.most + 1, len(like))
+        self._small = torch.zeros(self.most, self.most, dtype=torch.float64, device=like.device)
         self.edge, self.reach, self.products = 0.0, 0.0, 0
         self._apply, self._gen, self._locked = apply, gen, locked
         self._restart(0)
 
-    def grow(self, start: int) -> None:
-        """Fill the basis from row ``start`` on, which holds its vector already."""
-        for j in range(start, self.size):
+    def grow(self, start: int, enough: Callable[[], bool] = lambda: False) -> None:
+        """Fill the basis from row ``start`` on, which holds its vector already, or until ``enough``."""
+        for j in range(start, self.most):
             image = self._apply(self.basis[j])
             self.products += 1
             self.reach = max(self.reach, float(image.norm()))
             image, along = self._orthogonal(image, j + 1)
-            self.small[: j + 1, j] = along
-            self.small[j, : j + 1] = along
+            self._small[: j + 1, j] = along
+            self._small[j, : j + 1] = along
             self.edge = float(image.norm())
             if j + 1 == self.room:
                 self.edge = 0.0
@@ -243,23 +247,40 @@ class _Krylov:
                 self._restart(j + 1)
             else:
                 self.basis[j + 1] = image / self.edge
+            self.size = j + 1
+            if enough():
+                return
 
     def climb(self, k: int, which: Which, tolerance: float, restarts: int) -> None:
-        """Grow, and restart until the k leading Ritz pairs are within ``tolerance``; k < size."""
+        """Grow, and restart until the k leading Ritz pairs are within ``tolerance``; k < most."""
+
+        def enough() -> bool:
+            return self.size >= 2 * k + 6 and self.edge > 0 and self._within(k, which, tolerance)
+
         if self.products == 0:
-            self.grow(0)
+            self.grow(0, enough)
         for _ in range(restarts):
-            values, small = self.ritz(which)
-            error = self.edge * small[-1, :k].abs()
-            rounding = 10 * torch.finfo(self.basis.dtype).eps * self.reach
-            if self.size == self.room or bool((error <= tolerance * values[:k].abs() + rounding).all()):
+            if self.size == self.room or self._within(k, which, tolerance):
                 return
+            values, small = self.ritz(which)
             keep = k + (self.size - k) // 3
             self.basis[:keep] = small[:, :keep].T.to(self.basis.dtype) @ self.basis[: self.size]
             self.basis[keep] = self.basis[self.size]
-            self.small.zero_()
-            self.small.diagonal()[:keep] = values[:keep]
-            self.grow(keep)
+            self._small.zero_()
+            self._small.diagonal()[:keep] = values[:keep]
+            self.grow(keep, enough)
+
+    def _within(self, k: int, which: Which, tolerance: float) -> bool:
+        """Whether the k leading Ritz pairs have that relative residual, by what the last step left over."""
+        values, small = self.ritz(which)
+        error = self.edge * small[-1, :k].abs()
+        rounding = 10 * torch.finfo(self.basis.dtype).eps * self.reach
+        return bool((error <= tolerance * values[:k].abs() + rounding).all())
+
+    @property
+    def small(self) -> Tensor:
+        """V H Vᵀ (size, size)."""
+        return self._small[: self.size, : self.size]
 
     def ritz(self, which: Which) -> tuple[Tensor, Tensor]:
         """Eigenvalues (m,) of the small matrix, leading one first, and its eigenvectors (m, m) as columns."""

@@ -77,8 +77,9 @@ def circular_conv_spectrum(
     narrow, copies = _apart(kernel, size, stride, dilation)
     values = []
     for block in blocks(kernel, narrow, stride, dilation, groups):
-        for part, times in ((block.symbols[~block.twice].real, copies), (block.symbols[block.twice], 2 * copies)):
-            values += [found.flatten().repeat(times) for found in _by_workers(singular_values, part)]
+        once, twice = _by_workers(singular_values, block.symbols[~block.twice].real, block.symbols[block.twice])
+        values += [torch.cat([part.flatten() for part in once]).repeat(copies)]
+        values += [torch.cat([part.flatten() for part in twice]).repeat(2 * copies)] if twice else []
     return torch.cat(values).sort(descending=True).values.cpu()
 
 
@@ -93,7 +94,8 @@ def circular_conv_norm(
     largest = 0.0
     narrow, _ = _apart(kernel, size, stride, dilation)
     for block in blocks(kernel, narrow, stride, dilation, groups):
-        largest = max(largest, *_by_workers(_largest_square, block.symbols.flatten(0, 1)))
+        (squares,) = _by_workers(_largest_square, block.symbols.flatten(0, 1), parts=1)
+        largest = max(largest, *squares)
     return math.sqrt(largest)
 
 
@@ -117,17 +119,19 @@ def _largest_square(symbols: Tensor) -> float:
     return largest * scale**2
 
 
-def _by_workers(work: Callable[[Tensor], Result], matrices: Tensor) -> list[Result]:
-    """``work`` on parts of ``matrices`` (F, …), on the CPU with one single-threaded worker for every thread of torch.
+def _by_workers(work: Callable[[Tensor], Result], *groups: Tensor, parts: int = 4) -> list[list[Result]]:
+    """``work`` on every group of matrices (F, …), in ``parts`` parts for each worker: on the CPU one single-threaded
+    worker for every thread of torch.
 
     LAPACK gains little from threads inside matrices of this size.
     """
-    workers = 1 if matrices.is_cuda else torch.get_num_threads()
-    if workers == 1 or len(matrices) < 2:
-        return [work(matrices)] if len(matrices) else []
+    workers = 1 if groups[0].is_cuda else torch.get_num_threads()
+    if workers == 1:
+        return [[work(group)] if len(group) else [] for group in groups]
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, matrices.chunk(workers)))
+            tasks = [[pool.submit(work, part) for part in group.chunk(parts * workers)] for group in groups]
+            return [[task.result() for task in group] for group in tasks]
     finally:
         torch.set_num_threads(workers)  # what workers set also holds for threads that start later
 
