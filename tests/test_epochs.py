@@ -74,7 +74,7 @@ def test_curves_run_over_the_epochs(run: RunDirectory) -> None:
         assert line.y.tolist() == [over[f"{name}, epoch {epoch}"].value for epoch in (1, 2, 4)]
     assert "epochs 1, 2, 4" in over.says
     page = write_page([run], run.path / "page.html", title="Epochs").read_text()
-    assert "logit-margins over epochs" in page
+    assert "logit margins over epochs" in page
 
 
 def test_scheduling_a_lens_trains_nothing_else(run: RunDirectory) -> None:

@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+console = Console(emoji=False)
 
 SOURCES = "mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA."
 USUAL = "the preset's, or lenet-small on mnist5k at l2:1.5 for 10 epochs"

@@ -27,7 +27,7 @@ class Show:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -47,7 +47,7 @@ class Show:
         """A piece of work starts: ``piece`` of ``pieces`` are done."""
         if self._pieces is None:
             self._pieces = self._progress.add_task("study", total=pieces, note="")
-        self._progress.update(self._pieces, completed=piece, total=pieces, note=f"{escape(label)}: {what}")
+        self._progress.update(self._pieces, completed=piece, total=pieces, note=f"{label}: {what}")
         self._last = {}
         if self._steps is not None:
             self._progress.remove_task(self._steps)
@@ -99,7 +99,7 @@ def expectation(console: Console, seconds: Mapping[str, float]) -> None:
 
     parts = sorted(seconds.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {written(each)}" for name, each in parts if each >= 1)
-    console.print(f"About {written(sum(seconds.values()))} on this machine: {named}.", soft_wrap=True)
+    console.print(f"About {written(sum(seconds.values()))} on this machine{named and f': {named}'}.", soft_wrap=True)
 
 
 def catalogue(console: Console, kind: str | None) -> None:

@@ -320,7 +320,7 @@ def _gallery(nearest: list[Nearest], classes: tuple[str, ...]) -> list[Gallery]:
         f"{_name(classes, each.label)} → {_name(classes, each.became)}, distance {each.distance:.3g}"
         for each in nearest
     )
-    header = ("clean", "nearest adversarial", f"difference × {k}")
+    header = ("clean", "nearest", f"difference × {k}")
     return [Gallery("Nearest adversarial images", header, captions, pixels)]
 
 

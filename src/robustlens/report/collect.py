@@ -113,7 +113,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         names = dict.fromkeys(name for own in settings for name in own if name != "seed")
         differing = [name for name in names if len({_seedless([own.get(name)]) for own in settings}) > 1]
         for key, own in zip(keys, settings, strict=True):
-            name = lens.replace("_", " ")
+            name = lens.replace("_", " ").replace("-", " ")
             if len(keys) > 1:
                 name += f" ({', '.join(f'{d} {_brief(own[d])}' for d in differing if d in own) or 'default'})"
             found.append(Section(name, lens, grouped[key]))
