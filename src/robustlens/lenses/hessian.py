@@ -65,7 +65,7 @@ class Hessian:
     the prediction ε / (2‖w‖₂) of Yamada et al., equation 9. That assumes every example at its own optimum (s = ½,
     s the adversarial probability of the wrong class); mean s says how far that is from true.
 
-    Costs about 220 Hessian-vector products of n examples, each about two forward and backward passes: 10 seconds for
+    Costs about 170 Hessian-vector products of n examples, each about two forward and backward passes: 10 seconds for
     ``lenet-small``, about eight times as much for ``mnist-cnn``. In memory about 2 · (2k + 21) vectors of weights, and
     the graphs of two batches. ``full = "implicit"`` costs about ten times as much.
 
@@ -127,7 +127,7 @@ class Hessian:
         """About, for one example each; without ``full = "implicit"``, which has as much again ten times."""
         split = subject.splits.train if len(subject.splits.train) else subject.splits.test
         attack, n = self.attack or PGD(threat=subject.threat, steps=20), count(split, self.n_examples)
-        products = 220 * n
+        products = 170 * n
         return attack.passes * (3 * n) + Passes(weights=products, double=products)
 
     @classmethod
