@@ -253,17 +253,9 @@ def test_audit_of_an_image_folder(call: Call, place: Path, tmp_path: Path, monke
     code, out, err = call("audit", "cli_nets:ten", *data, "--out", tmp_path)
     assert (code, err) == (0, ""), err
     (run,) = find_runs([tmp_path])
-    assert {reading.lens for reading in run.readings()} == set(discover("lens")) and (
-        run.path / "report.html"
-    ).is_file()
-    assert str(run.path / "report.html") in out.replace("\n", "")
-    assert "cli_nets:ten: " in out, "no emoji"
-    few = {name: lens for name, lens in discover("lens").items() if name in ("accuracy", "logit-margins")}
-    monkeypatch.setattr("robustlens.studies.depth.discover", lambda kind: few)
-    code, out, err = call("audit", "cli_nets:ten", *data, "--out", tmp_path / "full", "--depth", "full")
-    assert (code, err) == (0, ""), err
-    assert out.startswith("About ") and " on this machine" in out.partition("\n")[0]
-    refuse(call, "quick", "audit", "cli_nets:ten", *data, "--depth", "deep")
+    assert {reading.lens for reading in run.readings()} == set(discover("lens"))
+    assert (run.path / "report.html").is_file()
+    assert str(run.path / "report.html") in out.replace("\n", "") and "cli_nets:ten: " in out
 
 
 @pytest.fixture(scope="module")

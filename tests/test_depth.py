@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import gen
 from torch import nn
+from typer.testing import CliRunner
 
-from robustlens.core.discovery import discover
+from robustlens.cli import app
+from robustlens.core.discovery import build, discover
 from robustlens.core.passes import Passes
 from robustlens.core.types import Batch, Lens, Subject
 from robustlens.data.arrays import from_arrays
@@ -20,6 +24,7 @@ from robustlens.lenses.margins import LogitMargins
 from robustlens.studies.audit import estimate
 from robustlens.studies.depth import expected_seconds, lenses_at
 from robustlens.threats.lp import Lp
+from robustlens.train.checkpoint import save_weights
 
 
 class Counting(nn.Module):
@@ -106,3 +111,15 @@ def test_an_estimate_leaves_the_model_alone(subject: Subject) -> None:
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert sum(found.values()) > 0
+
+
+def test_the_command_says_the_time_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: lens for name, lens in discover("lens").items() if name in ("accuracy", "logit-margins")}
+    monkeypatch.setattr("robustlens.studies.depth.discover", lambda kind: few)
+    save_weights(build("model", "mlp").build((1, 8, 8), 10), tmp_path / "w.safetensors")
+    asked = ["audit", "mlp", "--weights", str(tmp_path / "w.safetensors"), "--data", "digits", "--threat", "l2:0.5"]
+    asked += ["--examples", "20", "--out", str(tmp_path / "out"), "--depth"]
+    result = CliRunner().invoke(app, [*asked, "full"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("About ") and " on this machine" in result.output.partition("\n")[0]
+    assert CliRunner().invoke(app, [*asked, "deep"]).exit_code == 2
