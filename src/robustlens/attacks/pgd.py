@@ -12,7 +12,7 @@ from robustlens.attacks.losses import RELATIVE, LossName, attack_loss
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
 
 
@@ -60,11 +60,7 @@ class PGD:
     inverse_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for field, least in (("steps", 1), ("restarts", 1)):
-            if getattr(self, field) < least:
-                raise InputError(
-                    f"pgd {field}", expected=f"at least {least}", got=str(getattr(self, field)), fix="Raise it."
-                )
+        require_at_least(self, steps=1, restarts=1)
         if self.step_size is not None and self.step_size <= 0:
             raise InputError(
                 "pgd step_size",

@@ -12,7 +12,7 @@ from robustlens.attacks.smallest import dual_size, nearest_on_segment, require_s
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
 from robustlens.linalg.rivals import rivals
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 from robustlens.threats.lp import Lp
 
 
@@ -63,14 +63,7 @@ class SuperDeepFool:
 
     def __post_init__(self) -> None:
         require_smooth_norm(self.threat, self.name)
-        for field, least in (("steps", 1), ("rivals", 1), ("overshoot", 0), ("bisections", 0)):
-            if getattr(self, field) < least:
-                raise InputError(
-                    f"superdeepfool {field}",
-                    expected=f"at least {least}",
-                    got=str(getattr(self, field)),
-                    fix="Raise it.",
-                )
+        require_at_least(self, steps=1, rivals=1, overshoot=0, bisections=0)
 
     @classmethod
     def examples(cls) -> list[Self]:

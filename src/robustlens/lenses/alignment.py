@@ -23,7 +23,7 @@ from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import Decomposition, at_once, decompose, jacobian_rows, require_separate
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Floats, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -80,10 +80,7 @@ class Alignment:
     def __post_init__(self) -> None:
         if self.radii is not None and not all(radius > 0 for radius in self.radii):
             raise InputError(f"{self.name} radii", expected="numbers > 0", got=str(self.radii), fix="Leave them out.")
-        if self.batch_size < 1:
-            raise InputError(
-                f"{self.name} batch_size", expected="at least 1", got=str(self.batch_size), fix="Raise it."
-            )
+        require_at_least(self, batch_size=1)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -21,7 +21,7 @@ from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.linalg.lipschitz import Uncertified
 from robustlens.results.correlation import bootstrap_spearman, spearman
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 from robustlens.results.intervals import bootstrap_mean
 from robustlens.results.panels import Curve, Floats, Gallery, Histogram, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -92,11 +92,7 @@ class BoundaryDistance:
     batch_size: int = 40
 
     def __post_init__(self) -> None:
-        for field in ("steps", "samples", "rivals"):
-            if getattr(self, field) < 1:
-                raise InputError(
-                    f"boundary-distance {field}", expected="at least 1", got=str(getattr(self, field)), fix="Raise it."
-                )
+        require_at_least(self, steps=1, samples=1, rivals=1)
 
     @classmethod
     def examples(cls) -> list[Self]:

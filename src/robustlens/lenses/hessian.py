@@ -25,7 +25,7 @@ from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.lenses.robust_logistic import OneRow, logistic_row, robust_logistic_hessian
 from robustlens.linalg.hessian import LossHessian, Weights, filter_norms, flat, require_curvature, weights
 from robustlens.linalg.lanczos import Eigenpairs, Operator, Trace, Which, eigenpairs, trace
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.results.panels import Curve, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
@@ -100,11 +100,7 @@ class Hessian:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        least = {"k": 1, "restarts": 0, "probes": 2, "batch_size": 1}
-        for field, bound in least.items():
-            if getattr(self, field) < bound:
-                got = str(getattr(self, field))
-                raise InputError(f"hessian {field}", expected=f"at least {bound}", got=got, fix="Raise it.")
+        require_at_least(self, k=1, restarts=0, probes=2, batch_size=1)
         if not 0 < self.tolerance < 1:
             raise InputError(
                 "hessian tolerance", expected="between 0 and 1", got=str(self.tolerance), fix="Leave it out for 1e-3."

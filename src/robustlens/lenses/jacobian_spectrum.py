@@ -22,7 +22,7 @@ from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import at_once, decompose, jacobian_rows, power_method, require_separate, residual
 from robustlens.linalg.regression import MOST, regressed_jacobian
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 from robustlens.results.panels import Curve, Floats, Histogram, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
@@ -79,10 +79,7 @@ class JacobianSpectrum:
     batch_size: int = 200
 
     def __post_init__(self) -> None:
-        for field, least in (("powered", 0), ("regressed", 0), ("iterations", 1), ("batch_size", 1)):
-            if getattr(self, field) < least:
-                got = str(getattr(self, field))
-                raise InputError(f"{self.name} {field}", expected=f"at least {least}", got=got, fix="Raise it.")
+        require_at_least(self, powered=0, regressed=0, iterations=1, batch_size=1)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -32,7 +32,7 @@ from robustlens.linalg.directions import (
     moving_weights,
     orthogonal_to,
 )
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.results.panels import Curve, Floats, Heatmap, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
@@ -129,12 +129,7 @@ class WeightLandscape:
                 got=f"{self.fit_within:g} with {self.alphas}",
                 fix="Raise it, or add smaller alphas.",
             )
-        for field, least in (("directions", 1), ("draws", 1), ("ascent_steps", 1), ("plane", 2)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise InputError(
-                    f"weight-landscape {field}", expected=f"at least {least}", got=str(value), fix="Raise it."
-                )
+        require_at_least(self, directions=1, draws=1, ascent_steps=1, plane=2)
         if self.split not in ("train", "valid", "test"):
             raise InputError(
                 "weight-landscape split", expected="train, valid or test", got=repr(self.split), fix="Choose one."

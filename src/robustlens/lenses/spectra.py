@@ -16,7 +16,7 @@ from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.linalg.layers import ConvOperator, Operator, Skipped, operators
 from robustlens.linalg.spectra import linear_spectrum
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 from robustlens.results.panels import Curve, Floats, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
@@ -83,10 +83,7 @@ class LayerSpectra:
     steps: int = 60
 
     def __post_init__(self) -> None:
-        for field in ("points", "steps"):
-            if getattr(self, field) < 1:
-                got = str(getattr(self, field))
-                raise InputError(f"{self.name} {field}", expected="at least 1", got=got, fix="Raise it.")
+        require_at_least(self, points=1, steps=1)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -14,7 +14,7 @@ from robustlens.attacks.verify import craft
 from robustlens.core.criterion import cross_entropy
 from robustlens.core.passes import Passes
 from robustlens.core.types import Batch, Crafted, Terms, Threat
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
 
 #: Where ``memory`` keeps every training example's last distance.
@@ -86,9 +86,7 @@ class MMA:
                 got=str(self.min_eps),
                 fix="Take about a tenth of the threat's radius.",
             )
-        for field in ("steps", "search_steps"):
-            if getattr(self, field) < 1:
-                raise InputError(f"mma {field}", expected="at least 1", got=str(getattr(self, field)), fix="Raise it.")
+        require_at_least(self, steps=1, search_steps=1)
         if not 0 <= self.clean_weight <= 1:
             raise InputError(
                 "mma clean_weight",

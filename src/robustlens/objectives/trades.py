@@ -15,7 +15,7 @@ from robustlens.core.criterion import cross_entropy
 from robustlens.core.modes import CraftMode, Precision
 from robustlens.core.passes import Passes
 from robustlens.core.types import Batch, Crafted, Terms, Threat
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
 
 
@@ -57,8 +57,7 @@ class TRADES:
     def __post_init__(self) -> None:
         if self.beta < 0:
             raise InputError("trades beta", expected="a weight ≥ 0", got=str(self.beta), fix="The paper uses 6.")
-        if self.steps < 1:
-            raise InputError("trades steps", expected="at least 1", got=str(self.steps), fix="Raise it.")
+        require_at_least(self, steps=1)
         if self.step_size is not None and self.step_size <= 0:
             raise InputError(
                 "trades step_size", expected="a number > 0", got=str(self.step_size), fix="None is 2 · eps / steps."

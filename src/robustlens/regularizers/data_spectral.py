@@ -15,7 +15,7 @@ from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
 from robustlens.linalg.jacobian import power_method
 from robustlens.regularizers.loss_surface import clean_logits, inner, nearby_and_clean_logits
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 from robustlens.threats.lp import Lp
 
 
@@ -60,10 +60,7 @@ class DataSpectralNorm:
     dynamic: float = 0.0
 
     def __post_init__(self) -> None:
-        for field, least in (("weight", 0), ("eps", 0), ("iterations", 1), ("dynamic", 0)):
-            if getattr(self, field) < least:
-                got = str(getattr(self, field))
-                raise InputError(f"{self.name} {field}", expected=f"at least {least}", got=got, fix="Raise it.")
+        require_at_least(self, weight=0, eps=0, iterations=1, dynamic=0)
 
     @classmethod
     def examples(cls) -> list[Self]:

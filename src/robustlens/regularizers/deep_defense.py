@@ -12,7 +12,7 @@ from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 
 
 class Route(NamedTuple):
@@ -71,15 +71,7 @@ class DeepDefense:
     guard: float = 5e-6
 
     def __post_init__(self) -> None:
-        leasts = {"weight": 0, "c": 0, "d": 0, "iterations": 1, "overshoot": 0, "guard": 1e-30}
-        for field, least in leasts.items():
-            if getattr(self, field) < least:
-                raise InputError(
-                    f"deep-defense {field}",
-                    expected=f"at least {least}",
-                    got=str(getattr(self, field)),
-                    fix="Raise it.",
-                )
+        require_at_least(self, weight=0, c=0, d=0, iterations=1, overshoot=0, guard=1e-30)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from robustlens.core.passes import Passes
 from robustlens.core.types import Crafted, Terms
 from robustlens.linalg.layers import ConvOperator, Skipped, operators
-from robustlens.results.errors import InputError
+from robustlens.results.errors import require_at_least
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -49,10 +49,7 @@ class GlobalSpectralNorm:
     operator: Literal["reshaped", "true"] = "reshaped"
 
     def __post_init__(self) -> None:
-        for field, least in (("weight", 0), ("iterations", 1)):
-            if getattr(self, field) < least:
-                got = str(getattr(self, field))
-                raise InputError(f"{self.name} {field}", expected=f"at least {least}", got=got, fix="Raise it.")
+        require_at_least(self, weight=0, iterations=1)
 
     @classmethod
     def examples(cls) -> list[Self]:

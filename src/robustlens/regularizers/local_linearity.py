@@ -13,7 +13,7 @@ from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms, Threat
 from robustlens.regularizers.loss_surface import inner, losses, nearby_and_clean_logits, slope
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
 
 
@@ -55,8 +55,7 @@ class LocalLinearity:
         for field, value in (("weight", self.weight), ("slope_weight", self.slope_weight)):
             if value < 0:
                 raise InputError(f"local-linearity {field}", expected="a number ≥ 0", got=str(value), fix="Raise it.")
-        if self.steps < 1:
-            raise InputError("local-linearity steps", expected="at least 1", got=str(self.steps), fix="Raise it.")
+        require_at_least(self, steps=1)
         if self.step_size is not None and self.step_size <= 0:
             raise InputError(
                 "local-linearity step_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RobustlensError(Exception):
@@ -23,6 +24,18 @@ class InputError(RobustlensError, ValueError):
     def __init__(self, what: str, *, expected: str, got: str, fix: str) -> None:
         super().__init__(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split()))
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
+
+
+def require_at_least(part: Any, **least: float) -> None:
+    """Refuse a named ``part`` of which a field is below its ``least`` value or NaN; None is a field left out.
+
+    Raises:
+        InputError: about the first such field.
+    """
+    for field, bound in least.items():
+        value = getattr(part, field)
+        if value is not None and not value >= bound:
+            raise InputError(f"{part.name} {field}", expected=f"at least {bound}", got=str(value), fix="Raise it.")
 
 
 class TrainingStopped(RobustlensError):

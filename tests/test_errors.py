@@ -1,0 +1,29 @@
+"""Fields below their least value are refused in one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from robustlens.results.errors import InputError, require_at_least
+
+
+@dataclass
+class Part:
+    name = "part"
+    weight: float = 1.0
+    steps: int | None = 1
+
+
+def test_least_values() -> None:
+    require_at_least(Part(weight=0.0, steps=1), weight=0, steps=1)
+    require_at_least(Part(steps=None), steps=1)
+    for weight, steps, said in (
+        (-0.5, 1, "part weight: expected at least 0, got -0.5. Raise it."),
+        (float("nan"), 1, "part weight: expected at least 0, got nan. Raise it."),
+        (0.0, 0, "part steps: expected at least 1, got 0. Raise it."),
+    ):
+        with pytest.raises(InputError) as caught:
+            require_at_least(Part(weight, steps), weight=0, steps=1)
+        assert str(caught.value) == said
