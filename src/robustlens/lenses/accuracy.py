@@ -13,13 +13,13 @@ from torch import Generator, Tensor, nn
 
 from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, evaluate
-from robustlens.core.criterion import cross_entropy
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Batch, Split, Subject, Threat
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, count, sample
+from robustlens.lenses.passes import batches, count, sample, useless_gradients
+from robustlens.lenses.pictures import class_name, compared
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
@@ -177,7 +177,7 @@ class _Record:
 
     def add(self, model: nn.Module, attack: Attack, batch: Batch, gen: Generator) -> None:
         self.stable = self.stable and _is_stable(model, batch.x)
-        self.useless += _useless_gradients(model, batch)
+        self.useless += useless_gradients(model, batch)
         fell = torch.full((len(batch),), len(self.radii), device=batch.y.device)
         last, distance = batch.x.clone(), torch.zeros(len(batch), device=batch.y.device)
         after = batch.y.clone()
@@ -222,19 +222,6 @@ def _is_stable(model: nn.Module, x: Tensor) -> bool:
         first, second = model(x), model(x)
     scale = float(torch.nan_to_num(first, posinf=0.0, neginf=0.0).abs().max())
     return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
-
-
-def _useless_gradients(model: nn.Module, batch: Batch) -> int:
-    """Examples whose input gradient of the cross-entropy is exactly zero or not finite."""
-    x = batch.x.detach().clone().requires_grad_()
-    with untouched(model), torch.enable_grad():
-        # The mean times the batch size is the sum: no example's gradient depends on how many there are.
-        loss = cross_entropy(model(x), batch.y) * len(batch)
-        if not loss.requires_grad:
-            return len(batch)
-        (grad,) = torch.autograd.grad(loss, x)
-    flat = grad.flatten(1)
-    return int(((flat == 0).all(1) | ~torch.isfinite(flat).all(1)).sum())
 
 
 def _without_limit(subject: Subject, attack: Attack, split: Split, order: Tensor, gen: Generator) -> float | None:
@@ -321,8 +308,7 @@ def _panels(record: _Record, y: Tensor, classes: tuple[str, ...], threat: Threat
     )
     table = Table("Accuracy by radius", PER_RADIUS, rows)
     panels: list[Panel] = [curve, table, _per_class(record, y, classes)]
-    gallery = _gallery(record, classes)
-    return (*panels, gallery) if gallery else tuple(panels)
+    return (*panels, *_gallery(record, classes))
 
 
 def _per_class(record: _Record, y: Tensor, classes: tuple[str, ...]) -> Table:
@@ -332,27 +318,14 @@ def _per_class(record: _Record, y: Tensor, classes: tuple[str, ...]) -> Table:
     for k in sorted(set(y.tolist())):
         mine = y == k
         n, before, after = int(mine.sum()), int((clean & mine).sum()), int((robust & mine).sum())
-        rows.append((_name(classes, k), n, before / n, after / n, after / before if before else None))
+        rows.append((class_name(classes, k), n, before / n, after / n, after / before if before else None))
     return Table(f"Accuracy by class at radius {record.radii[-1]:.4g}", PER_CLASS, tuple(rows))
 
 
-def _gallery(record: _Record, classes: tuple[str, ...]) -> Gallery | None:
-    """Clean image, what the attack made of it, and the difference, enlarged around mid-grey."""
-    if not record.shown or record.shown[0][0].shape[0] not in (1, 3):
-        return None
-    clean = torch.stack([s[0] for s in record.shown])
-    adversarial = torch.stack([s[1] for s in record.shown])
-    change = adversarial - clean
-    largest = float(change.abs().max())
-    k = min(100, max(1, int(0.5 / largest))) if largest > 0 else 1
-    columns = torch.stack([clean, adversarial, 0.5 + k * change], dim=1)  # (rows, 3, C, H, W)
-    pixels = (columns.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
-    captions = tuple(
-        f"{_name(classes, label)} → {_name(classes, after)}{' (holds)' if holds else ''}, distance {d:.3g}"
+def _gallery(record: _Record, classes: tuple[str, ...]) -> list[Gallery]:
+    clean, x_adv = [shown[0] for shown in record.shown], [shown[1] for shown in record.shown]
+    captions = [
+        f"{class_name(classes, label)} → {class_name(classes, after)}{' (holds)' if holds else ''}, distance {d:.3g}"
         for _, _, label, after, d, holds in record.shown
-    )
-    return Gallery("What the attack did", ("clean", "attacked", f"difference × {k}"), captions, pixels)
-
-
-def _name(classes: tuple[str, ...], k: int) -> str:
-    return classes[k] if k < len(classes) else str(k)
+    ]
+    return compared("What the attack did", "attacked", clean, x_adv, captions)

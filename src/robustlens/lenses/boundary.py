@@ -19,6 +19,7 @@ from robustlens.core.types import Split, Subject
 from robustlens.lenses.distances import Distances, Nearest, certificate, distances
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
+from robustlens.lenses.pictures import class_name, compared
 from robustlens.linalg.lipschitz import Uncertified
 from robustlens.results.correlation import bootstrap_spearman, spearman
 from robustlens.results.errors import require_at_least
@@ -302,23 +303,10 @@ def _table(quantities: list[Quantity], found: dict[str, Distances]) -> Table:
 
 
 def _gallery(nearest: list[Nearest], classes: tuple[str, ...]) -> list[Gallery]:
-    """The right test images that are nearest to another answer, their adversarial image, and the difference."""
-    if not nearest or nearest[0].clean.shape[0] not in (1, 3):
-        return []
-    clean = torch.stack([each.clean for each in nearest])
-    adversarial = torch.stack([each.adversarial for each in nearest])
-    change = adversarial - clean
-    largest = float(change.abs().max())
-    k = min(100, max(1, int(0.5 / largest))) if largest > 0 else 1
-    columns = torch.stack([clean, adversarial, 0.5 + k * change], dim=1)
-    pixels = (columns.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).numpy()
-    captions = tuple(
-        f"{_name(classes, each.label)} → {_name(classes, each.became)}, distance {each.distance:.3g}"
+    """The right test images that are nearest to another answer."""
+    clean, x_adv = [each.clean for each in nearest], [each.adversarial for each in nearest]
+    captions = [
+        f"{class_name(classes, each.label)} → {class_name(classes, each.became)}, distance {each.distance:.3g}"
         for each in nearest
-    )
-    header = ("clean", "nearest", f"difference × {k}")
-    return [Gallery("Nearest adversarial images", header, captions, pixels)]
-
-
-def _name(classes: tuple[str, ...], k: int) -> str:
-    return classes[k] if k < len(classes) else str(k)
+    ]
+    return compared("Nearest adversarial images", "nearest", clean, x_adv, captions)

@@ -14,7 +14,7 @@ from robustlens.attacks.verify import craft
 from robustlens.core.modes import untouched
 from robustlens.core.rng import generator
 from robustlens.core.types import Attack, Batch, Split, Subject
-from robustlens.lenses.passes import batches
+from robustlens.lenses.passes import batches, useless_gradients
 from robustlens.linalg.directions import Moved, Weights, batch_statistics, into_relative_ball, moved, moving_weights
 from robustlens.results.panels import Floats
 
@@ -69,16 +69,8 @@ class Displaced:
         return Losses(torch.cat(clean).numpy(), torch.cat(robust).numpy(), torch.cat(other).numpy(), tuple(found))
 
     def blind(self) -> float:
-        """Share of the examples whose cross-entropy at w has an input gradient of exactly zero."""
-        model, count = self.subject.model, 0
-        for batch in self._batches():
-            x = batch.x.detach().clone().requires_grad_()
-            with untouched(model), torch.enable_grad():
-                # Summed, so that no example's gradient depends on how many there are.
-                loss = F.cross_entropy(model(x), batch.y, reduction="sum")
-            (grad,) = torch.autograd.grad(loss, x)
-            count += int((grad.flatten(1) == 0).all(1).sum())
-        return count / len(self.order)
+        """Share of the examples whose cross-entropy at w has an input gradient of exactly zero (or none)."""
+        return sum(useless_gradients(self.subject.model, batch) for batch in self._batches()) / len(self.order)
 
     def climb(self, base: Losses, xi: float, steps: int) -> Floats:
         """Robust losses (n,) where their mean was largest on an ascent in ν, ‖ν_l‖ ≤ ξ ‖w_l‖, jointly with the attack.

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from robustlens.attacks.pgd import PGD
+from robustlens.attacks.smallest import nearest_on_segment
 from robustlens.attacks.verify import craft
 from robustlens.core.criterion import logit_margin
 from robustlens.core.modes import untouched
@@ -66,18 +67,7 @@ def nearest_boundary(subject: Subject, split: Split, order: Tensor, size: int, g
             radius = min(2 * radius, diameter)
         if not bool(changed.any()):
             return None
-        x, answer, beyond = x[changed], answer[changed], _bisected(model, x[changed], x_adv[changed], answer[changed])
+        x, beyond = x[changed], nearest_on_segment(model, x[changed], x_adv[changed], answer[changed], steps=HALVINGS)
     distance = (beyond - x).flatten(1).norm(dim=1)
     best = int(distance.argmin())
     return Nearest(x[[best]], beyond[[best]], float(distance[best]))
-
-
-@torch.no_grad()
-def _bisected(model: torch.nn.Module, x: Tensor, x_adv: Tensor, answer: Tensor) -> Tensor:
-    """The points (B, C, H, W) between ``x`` and ``x_adv``, no longer answered like x, nearest to x."""
-    low, high = torch.zeros_like(x[:, :1, :1, :1]), torch.ones_like(x[:, :1, :1, :1])
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        changed = (logit_margin(model(x + middle * (x_adv - x)), answer) <= 0).view_as(low)
-        low, high = torch.where(changed, low, middle), torch.where(changed, middle, high)
-    return x + high * (x_adv - x)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from robustlens.core.criterion import cross_entropy
 from robustlens.core.modes import untouched
 from robustlens.core.types import Batch, Split, Subject
 from robustlens.results.errors import InputError
@@ -47,6 +48,19 @@ def logits(subject: Subject, split: Split, order: Tensor, size: int) -> tuple[Te
             outputs.append(subject.model(batch.x).cpu().double())
             labels.append(batch.y.cpu())
     return torch.cat(outputs), torch.cat(labels)
+
+
+def useless_gradients(model: nn.Module, batch: Batch) -> int:
+    """Examples whose input gradient of the cross-entropy is exactly zero or not finite."""
+    x = batch.x.detach().clone().requires_grad_()
+    with untouched(model), torch.enable_grad():
+        # The mean times the batch size is the sum: no example's gradient depends on how many there are.
+        loss = cross_entropy(model(x), batch.y) * len(batch)
+        if not loss.requires_grad:
+            return len(batch)
+        (grad,) = torch.autograd.grad(loss, x)
+    flat = grad.flatten(1)
+    return int(((flat == 0).all(1) | ~torch.isfinite(flat).all(1)).sum())
 
 
 def draw_seed(gen: Generator) -> int:
