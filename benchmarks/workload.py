@@ -36,6 +36,7 @@ class Workload:
     batch: int
     threats: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    classes: int = 10
 
 
 MNIST = ("linf:0.3", "l2:2.0")
@@ -46,6 +47,8 @@ WORKLOADS = {
     for work in (
         Workload("mnist-cnn", (1, 28, 28), 128, MNIST),
         Workload("lenet-small", (1, 28, 28), 128, MNIST),
+        # Its papers take all images at once.
+        Workload("logistic", (1, 28, 28), 2048, MNIST, classes=2),
         Workload("resnet18", (3, 32, 32), 64, CIFAR),
         Workload("cnn7", (3, 32, 32), 128, CIFAR),
         Workload("resnet56", (3, 32, 32), 128, CIFAR),
@@ -96,7 +99,7 @@ class Bench:
         self.work, self.plan, self.device = work, plan, plan.device
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = discovery.build("model", {"name": work.model, **work.settings}).build(work.shape, 10)
+            model = discovery.build("model", {"name": work.model, **work.settings}).build(work.shape, work.classes)
         layout = torch.channels_last if plan.channels_last else torch.contiguous_format
         self.model: nn.Module = model.to(plan.device, memory_format=layout)
         self.batch = some_batch(work, plan.device)
@@ -152,7 +155,8 @@ def input_passes(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 def some_batch(work: Workload, device: torch.device) -> Batch:
     """Real digits for MNIST's shape, whose pixels lie on the border of the box; uniform noise for other shapes."""
     if work.shape == (1, 28, 28):
-        return load(DataConfig(source="mnist5k")).to(device).train.batch(torch.arange(work.batch))
+        digits = load(DataConfig(source="mnist5k")).to(device).train.batch(torch.arange(work.batch))
+        return replace(digits, y=digits.y % work.classes)
     x = torch.rand(work.batch, *work.shape, generator=generator("cpu", 0, "images")).to(device)
     return Batch(x, torch.arange(work.batch, device=device) % 10, torch.arange(work.batch, device=device))
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from robustlens.core.criterion import cross_entropy
 from robustlens.core.passes import Passes
@@ -81,6 +82,6 @@ class LogisticAdversary:
             return Terms(cross_entropy(clean_logits, y), clean_logits, clean_logits=clean_logits)
         assert isinstance(self.threat, Lp) and isinstance(model, LogisticNet)
         reach = self.threat.eps * torch.linalg.vector_norm(model.fc.weight, DUAL[self.threat.norm])
-        zero, z = clean_logits.unbind(1)
-        logits = torch.stack([zero, z - (2 * y - 1) * reach], 1)
+        signs = F.pad((2 * y - 1).to(clean_logits)[:, None], (1, 0))  # (B, 2), rows (0, ±1)
+        logits = clean_logits - reach * signs
         return Terms(cross_entropy(logits, y), logits, clean_logits=clean_logits)
