@@ -54,3 +54,16 @@ def attack_loss(
     if name == "kl":
         return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), log_target=True, reduction="none").sum(1)
     return 0.5 * (logits - clean).square().sum(1)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """−(z_y − z_t) / (z_(1) − ½ (z_(3) + z_(4))) (B,); ``labels`` (B, 2) are y and t (Croce & Hein 2020, eq. 7).
+
+    With 3 classes the divisor is z_(1) − z_(3). With 2 it is 1: no logit is left to measure the scale by.
+    """
+    logits = logits.float() if logits.element_size() < 4 else logits
+    lead = logits.gather(1, labels[:, :1]) - logits.gather(1, labels[:, 1:])
+    ranked = logits.topk(min(4, logits.shape[1]), dim=1).values
+    if ranked.shape[1] < 3:
+        return -lead[:, 0]
+    return -lead[:, 0] / (ranked[:, 0] - (ranked[:, 2] + ranked[:, -1]) / 2 + 1e-12)
