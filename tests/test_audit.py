@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robustlens.core.discovery import discover
 from robustlens.results.errors import InputError
 from robustlens.studies.audit import audit, fingerprint, open_model, open_splits
+from robustlens.studies.run import SilentStudy
 
 MARGINS = [{"name": "logit-margins", "bins": 5}]
 
@@ -50,7 +51,7 @@ def test_accuracy_of_an_audited_network_against_the_closed_form(tmp_path: Path) 
 def test_default_lenses_look_at_test_images_alone(data: Any, tmp_path: Path) -> None:
     run = audit(fresh(linear_net), data, threat="l2:0.5", out=tmp_path, device="cpu")
     readings = {reading.lens: reading for reading in run.readings()}
-    assert set(readings) == set(discover("lens"))
+    assert set(readings) == set(discover("lens")) - {"standard-accuracy"}, "that one is on request"
     assert readings["accuracy"].outcome.status in ("ok", "unreliable")
     assert readings["layer-spectra"].outcome.status == "ok"
     failed = {name: reading.outcome.why for name, reading in readings.items() if reading.outcome.status == "failed"}
@@ -195,3 +196,31 @@ def test_a_network_by_its_name_with_its_weights(tmp_path: Path, monkeypatch: pyt
         open_model("mlp", splits, weights=weights)
     with pytest.raises(InputError, match="--mean: expected numbers with commas between, got 'a,b'"):
         open_model("audited_net:build", splits, weights=weights, mean="a,b", std="1,1")
+
+
+def test_autoattack_standard_on_request_goes_on_where_it_was_stopped(data: Any, tmp_path: Path) -> None:
+    """The state lies in the run directory; Ctrl-C in the middle loses one batch at most."""
+
+    class Impatient(SilentStudy):
+        heard: ClassVar[list[str]] = []
+
+        def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
+            self.heard.append(attack)
+            if len(self.heard) == 2:
+                raise KeyboardInterrupt
+
+    lenses = [{"name": "standard-accuracy", "effort": 0.02}]
+
+    def stopped(watch: SilentStudy | None = None) -> Any:
+        return look(fresh(linear_net), data, tmp_path / "stopped", lenses=lenses, threat="l2:0.2", watch=watch)
+
+    (whole,) = look(fresh(linear_net), data, tmp_path / "whole", lenses=lenses, threat="l2:0.2").readings()
+    watch = Impatient()
+    with pytest.raises(KeyboardInterrupt):
+        stopped(watch)
+    assert watch.heard == ["apgd-ce", "apgd-targeted"]
+    again = stopped(watch)
+    assert watch.heard[2:] == ["fab", "square"]
+    (resumed,) = again.readings()
+    assert resumed.quantities == whole.quantities and (resumed.examples["robust"] == whole.examples["robust"]).all()
+    assert list((again.path / "state").glob("standard-accuracy-*/chunk-000000.safetensors"))

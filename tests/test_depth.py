@@ -55,7 +55,7 @@ def subject() -> Subject:
 
 
 def test_every_lens_is_looked_through_at_both_depths() -> None:
-    kinds = set(discover("lens").values())
+    kinds = {kind for name, kind in discover("lens").items() if name != "standard-accuracy"}  # on request alone
     for depth in ("quick", "full"):
         assert {type(lens) for lens in lenses_at(depth)} == kinds
     assert lenses_at("full") != lenses_at("quick")

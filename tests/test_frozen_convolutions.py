@@ -42,9 +42,10 @@ def derivatives(layer: nn.Module, x: Tensor, *, frozen: bool) -> tuple[Tensor, T
     ],
     ids=str,
 )
-def test_derivatives_are_those_of_torch(settings: dict[str, Any]) -> None:
-    layer = nn.Conv2d(4, 6, 3, **settings).double().requires_grad_(False)
-    x = torch.randn(3, 4, 11, 8, generator=gen(1), dtype=torch.float64)
+@pytest.mark.parametrize("channels", [2, 6])
+def test_derivatives_are_those_of_torch(channels: int, settings: dict[str, Any]) -> None:
+    layer = nn.Conv2d(channels, 6, 3, **settings).double().requires_grad_(False)
+    x = torch.randn(3, channels, 11, 8, generator=gen(1), dtype=torch.float64)
     ours, theirs = (derivatives(layer, x, frozen=frozen) for frozen in (True, False))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -52,8 +53,8 @@ def test_derivatives_are_those_of_torch(settings: dict[str, Any]) -> None:
 
 def convolutions(*, frozen: bool) -> int:
     """How many convolutions Jv takes beyond Jᵀu."""
-    layer = nn.Conv2d(4, 6, 3).requires_grad_(False)
-    x = torch.randn(3, 4, 8, 8, generator=gen(1)).requires_grad_()
+    layer = nn.Conv2d(6, 6, 3).requires_grad_(False)
+    x = torch.randn(3, 6, 8, 8, generator=gen(1)).requires_grad_()
     if frozen:
         with FrozenConvolutions():
             y = layer(x)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from twins import TWINS, scaled
 
 from robustlens.attacks.pgd import PGD
 from robustlens.core.discovery import build, describe
@@ -225,3 +227,61 @@ def test_colour_and_odd_channels() -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(4 * channels, 2))
         subject = Subject(model, Splits("noise", split, split, split, ("cat", "dog")), Lp("linf", 0.1))
         assert len(Accuracy(radii=(0.1,)).look(subject, gen=gen()).panels) == panels
+
+
+#: Signed ℓ2 distances to the boundary, none within 5 % of a quarter of 0.1.
+DISTANCES = (-0.04, 0.01, 0.03, 0.045, 0.06, 0.068, 0.09, 0.12, 0.2, 0.3)
+
+
+def orthogonal_subject() -> Subject:
+    """Four classes with orthonormal rows; image i lies DISTANCES[i] from the boundary to its nearest class.
+
+    With x − ½ = Σ a_k w_k + something orthogonal to all rows, class k has the logit 6 a_k, and the boundary between two
+    classes lies |a_y − a_k| / √2 away. a is √2 · distance for y, 0 for the next class and −0.4 for the other two.
+    """
+    draw = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=draw, dtype=torch.float64)).Q.T
+    y = torch.arange(40) % 4
+    distance = torch.tensor(DISTANCES, dtype=torch.float64).repeat_interleave(4)
+    a = torch.full((40, 4), -0.4, dtype=torch.float64)
+    each = torch.arange(40)
+    a[each, y], a[each, (y + 1) % 4] = 2**0.5 * distance, 0.0
+    x = 0.5 + a @ basis[:4] + 0.02 * torch.randn(40, 12, generator=draw, dtype=torch.float64) @ basis[4:]
+    assert x.min() > 0.05 and x.max() < 0.95
+    split = Split(x.float().view(40, 1, 4, 4), y)
+    weight, bias = 6 * basis[:4], -3 * basis[:4].sum(1)
+    return linear_subject(weight, bias, train=split, test=split, threat=Lp("l2", 0.1))
+
+
+def check_distances(subject: Subject, lens: Accuracy) -> None:
+    reading = lens.look(subject, gen=gen())
+    curve = reading.panels[0]
+    truth = [sum(d > r for d in DISTANCES) / 10 for r in (0.0, 0.025, 0.05, 0.075, 0.1)]
+    assert curve.series[0].y.tolist() == pytest.approx(truth, abs=1e-12) and truth[0] > truth[-1]
+    assert curve.series[1].y.tolist() == pytest.approx([t / 0.9 for t in truth], abs=1e-12)
+    assert reading["robust accuracy"].value == 0.3 and reading["robust accuracy"].n == 40
+    assert reading["accuracy without limit"].value == 0.0
+    classes = {row[0]: row[1:] for row in reading.panels[2].rows}
+    assert set(classes) == set("0123")
+    assert all(row == (10, 0.9, 0.3, pytest.approx(1 / 3)) for row in classes.values())
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
+def test_the_same_problem_told_otherwise(twin: Callable[[Subject], Subject]) -> None:
+    """Counts by distance, whatever the order, the names of the classes, or where the pixels stand."""
+    subject = orthogonal_subject()
+    other = twin(subject)
+    x, y = other.splits.test.images, other.splits.test.labels
+    assert not (torch.equal(x, subject.splits.test.images) and torch.equal(y, subject.splits.test.labels))
+    check_distances(other, Accuracy())
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0.0), (1.0, 7.0), (20.0, -40.0)])
+def test_the_scale_and_the_offset_of_the_logits_do_not_count(scale: float, shift: float) -> None:
+    check_distances(scaled(orthogonal_subject(), scale, shift), Accuracy())
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_the_size_of_a_batch_does_not_count(size: int) -> None:
+    attack = PGD(threat=Lp("l2", 0.1), steps=10, loss="margin", early_stop=True)
+    check_distances(orthogonal_subject(), Accuracy(batch_size=size, attack=attack))

@@ -200,6 +200,12 @@ def test_layers_in_numbers() -> None:
     assert (facts.largest, facts.smallest) == (pytest.approx(values[0], rel=1e-6), pytest.approx(values[-1], rel=1e-6))
     assert facts.rows == pytest.approx(np.linalg.norm(dense, axis=1).sum(), rel=1e-6) and facts.width == 72
     assert smallest_row_distance(torch.tensor([[3.0, 4.0]])) == 5.0
+    zeros = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, stride=2, bias=False), nn.Flatten())
+    (conv,) = operators(zeros, torch.zeros(1, 1, 7, 7))
+    with torch.no_grad():
+        dense = zeros(torch.eye(49).view(49, 1, 7, 7)).T.double().numpy()
+    facts = layer_facts(conv)  # rows at the border are shorter
+    assert facts.rows == pytest.approx(np.linalg.norm(dense, axis=1).sum(), rel=1e-6) and facts.width == 49
     eye = layer_facts(LinearOperator("eye", torch.eye(4)))
     assert 10 ** bartlett([eye, eye], 2.0, 1.0, 1, math.exp(-1)) == pytest.approx(2 * 4 * 2**1.5 * math.log(4) + 1)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from twins import TWINS, scaled
 
 from robustlens.attacks.pgd import PGD
+from robustlens.core.types import Subject
 from robustlens.lenses.gap import GeneralisationGap
 from robustlens.lenses.oracle import two_sided_subject
 from robustlens.threats.lp import Lp
@@ -93,3 +96,39 @@ def test_losses_that_are_not_finite_fail() -> None:
         subject.model[1].weight.fill_(float("nan"))
     for robust in (False, True):
         assert GeneralisationGap(robust=robust).look(subject, gen=gen()).outcome.status == "failed"
+
+
+TRAIN, TEST = [0.4, 0.3, 0.25, 0.3, -0.1, 0.4, 0.35], [0.3, -0.2, 0.1, 0.15, 0.4, -0.05, 0.1]
+
+
+def check_gaps(change: Callable[[Subject], Subject], *, slope: float = 4.0, batch_size: int = 250) -> None:
+    """Losses log(1 + e^{−slope · (s − ε)}), wrong where s ≤ ε, for shifts s, with ε = 0 and that of the threat."""
+    subject = change(two_sided_subject(train_shifts=TRAIN, test_shifts=TEST))
+    straight = PGD(threat=subject.threat, steps=20, random_start=False)
+    reading = GeneralisationGap(attack=straight, batch_size=batch_size).look(subject, gen=gen())
+    for prefix, eps in (("", 0.0), ("robust ", 0.2)):
+        loss, error = (
+            [sum(f(s) for s in shifts) / 7 for shifts in (TRAIN, TEST)]
+            for f in (lambda s: math.log1p(math.exp(-slope * (s - eps))), lambda s: float(s <= eps))  # noqa: B023
+        )
+        for name, (train, test), tolerance in ((f"{prefix}loss", loss, 1e-5), (f"{prefix}error", error, 1e-12)):
+            assert reading[f"{name}, train"].value == pytest.approx(train, rel=tolerance)
+            assert reading[f"{name}, test"].value == pytest.approx(test, rel=tolerance)
+            assert reading[f"{name} gap"].value == pytest.approx(test - train, rel=10 * tolerance)
+            assert test > train
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.__name__)
+def test_the_same_problem_told_otherwise(twin: Callable[[Subject], Subject]) -> None:
+    """Losses in closed form, whatever the order, the names of the classes, or where the pixels stand."""
+    check_gaps(twin)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.1, 0.0), (1.0, 7.0), (5.0, -9.0)])
+def test_losses_see_the_scale_of_the_logits_and_not_their_offset(scale: float, shift: float) -> None:
+    check_gaps(lambda subject: scaled(subject, scale, shift), slope=4 * scale)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_size_of_a_batch_does_not_count(size: int) -> None:
+    check_gaps(lambda subject: subject, batch_size=size)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustlens.attacks.linear import LinearExact
+from robustlens.attacks.losses import LossName
 from robustlens.attacks.pgd import PGD
+from robustlens.attacks.verify import craft
+from robustlens.core.criterion import logit_margin
 from robustlens.core.rng import generator
 from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses.curve_shape import fitted, widths
@@ -324,8 +327,48 @@ def test_a_blind_attack_is_said() -> None:
     confident = Split(where.splits.test.images, torch.ones(12, dtype=torch.int64))
     sure = Subject(where.model, dataclasses.replace(where.splits, test=confident), where.threat)
     reading = SMALL.look(sure, gen=gen())
-    assert reading["share of zero gradients"].value == 1 and reading.outcome.status == "unreliable"
-    assert SMALL.look(subject(logistic()), gen=gen())["share of zero gradients"].value == 0
+    assert reading["share of vanishing gradients"].value == 1 and reading.outcome.status == "unreliable"
+    assert SMALL.look(subject(logistic()), gen=gen())["share of vanishing gradients"].value == 0
+
+
+class Louder(nn.Module):
+    """Logits times ``scale``, on images and weights of single precision."""
+
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.model, self.scale = model.float(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.model(x)
+
+
+@pytest.mark.parametrize(("scale", "status"), [(1.0, "ok"), (40.0, "unreliable"), (1000.0, "unreliable")])
+def test_an_attack_on_a_saturated_network_is_not_believed(scale: float, status: str) -> None:
+    """Margins of about 1 that a factor of 40 takes to gradients of 1e-17, which are not zero, and 1,000 to zero.
+
+    Truth: in the logits divided by the factor, how far the attack lowers the margins at w, beside one that climbs them.
+    """
+    x = 0.2 + 0.6 * torch.rand(12, 1, 4, 4, generator=gen(1))
+    y = relu_net().float()(x).argmax(1)
+    split = Split(x, y)
+    splits = Splits("sure", split, split, split, tuple("abcd"))
+    where = Subject(Louder(relu_net(), scale), splits, Lp("l2", EPS))
+    with torch.no_grad():
+        model = where.model.model
+        model[3].weight.mul_(12)
+        model[3].bias.mul_(12)
+
+    def lowered(loss: LossName) -> float:
+        x_adv = craft(PGD(threat=Lp("l2", EPS), steps=3, loss=loss), where.model, x, y, gen=gen())
+        with torch.no_grad():
+            return float((logit_margin(model(x), y) - logit_margin(model(x_adv), y)).mean())
+
+    fall = {loss: lowered(loss) for loss in ("ce", "margin")}
+    reading = SMALL.look(where, gen=gen())
+    share = reading["share of vanishing gradients"].value
+    assert reading.outcome.status == status and (share > 0.5) == (status == "unreliable")
+    assert (fall["ce"] < 0.5 * fall["margin"]) == (status == "unreliable"), fall
+    assert status == "ok" or "blind" in reading.outcome.why
 
 
 @pytest.mark.parametrize(

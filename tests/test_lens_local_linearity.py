@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from robustlens.attacks.pgd import PGD
 from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses.local_linearity import LocalLinearity
-from robustlens.linalg.regions import DUAL, observed
+from robustlens.linalg.regions import DUAL, bends, observed
 from robustlens.models.classifier import Chain
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
@@ -183,6 +183,77 @@ def test_scaling_the_logits_scales_deviations_and_leaves_the_rest(scale: float) 
             assert two[name].value == pytest.approx(factor * one[name].value, rel=1e-3) and one[name].value > 0, name
 
 
+def pooled_net() -> nn.Module:
+    """ReLUs, and max-pooling before any of them, so that windows switch between entries of every sign."""
+    return seeded(
+        *(lambda: nn.Conv2d(1, 3, 3, padding=1), lambda: nn.MaxPool2d(2), nn.ReLU, lambda: nn.Conv2d(3, 4, 3)),
+        *(nn.ReLU, lambda: nn.MaxPool2d(2, stride=1, padding=1), nn.Flatten, lambda: nn.Linear(36, 4)),
+    )
+
+
+def pooled_heights(model: nn.Module, z: Tensor) -> Tensor:
+    """What bends ``pooled_net`` at one image (C, H, W): its ReLUs, then every window's entries less each other."""
+    first = model[0](z[None])
+    second = model[1](first)
+    third = model[3](second.relu())
+    parts = [second.flatten(), third.flatten()]
+    padded = nn.functional.pad(third.relu(), (1, 1, 1, 1), value=-1.0)  # below what a ReLU gives
+    for image, size, stride in ((first, 2, 2), (padded, 2, 1)):
+        windows = nn.functional.unfold(image, size, stride=stride).view(image.shape[1], 4, -1)
+        top = windows.amax(1, keepdim=True)
+        parts.append((windows - top).flatten())
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_max_pooling_ends_regions_too(norm: Any) -> None:
+    """Facet radius and first kink against dense derivatives of every ReLU and every pair in a window."""
+    threat = Lp(norm, 0.5)
+    look_at = subject(pooled_net(), threat, subject(pooled_net()).splits.test.images[:3])
+    reading = LocalLinearity(n_norms=1, n_facets=3).look(look_at, gen=gen())
+    model, q = pooled_net().double(), DUAL[norm]
+    v = random_directions(threat, look_at.splits.test.images)
+    radii, relus, kinks = [], [], []
+    for image, way in zip(look_at.splits.test.images.double(), v, strict=True):
+        height = pooled_heights(model, image).detach()
+        rows = torch.autograd.functional.jacobian(lambda z: pooled_heights(model, z), image).flatten(1)
+        size, change = rows.norm(q, dim=1), rows @ way.flatten()
+        away = torch.where(size > 1e-12, height.abs() / size, torch.inf)
+        radii.append(float(away.min()))
+        relus.append(float(away[: 48 + 16].min()))
+        t = torch.where(change.abs() > 1e-12, -height / change, torch.inf)
+        kinks.append(float(torch.where(t >= 0, t, torch.inf).min()))
+    assert np.median(radii) < np.median(relus), "pooling ends some regions first"
+    assert reading["facet radius"].value == pytest.approx(np.median(radii), rel=1e-4)
+    assert reading["facet radius, ReLUs alone"].value == pytest.approx(np.median(relus), rel=1e-4)
+    assert reading["first kink, random"].value == pytest.approx(np.median(kinks), rel=1e-6)
+    natures = {name: reading[name].nature for name in ("facet radius", "facet radius, ReLUs alone")}
+    assert natures == {"facet radius": "exact", "facet radius, ReLUs alone": "upper bound"}
+    assert len(bends(model, look_at.splits.test.images.double()).windows) == 2
+
+
+def test_adaptive_pooling_leaves_an_upper_bound() -> None:
+    net = seeded(
+        lambda: nn.Conv2d(1, 3, 3), nn.ReLU, lambda: nn.AdaptiveMaxPool2d(3), nn.Flatten, lambda: nn.Linear(27, 4)
+    )
+    reading = LocalLinearity(n_norms=1, n_facets=2).look(subject(net), gen=gen())
+    assert reading["facet radius"].nature == reading["first kink, random"].nature == "upper bound"
+
+
+def test_ten_classes_have_exact_singular_values_and_a_hundred_nearly_so() -> None:
+    """Residual, and distance from the norm of the dense Jacobian, of a spectrum as flat as that of random weights."""
+    for classes, lens in ((10, LocalLinearity(n_norms=5)), (100, LocalLinearity(n_norms=5, iterations=30))):
+        layers = nn.Flatten, lambda: nn.Linear(64, 300), nn.ReLU, lambda k=classes: nn.Linear(300, k)
+        model = seeded(*layers)
+        reading = lens.look(subject(model), gen=gen())
+        at = subject(model).splits.test.images[:5]
+        rows = [torch.autograd.functional.jacobian(lambda z, f=model: f(z[None])[0], x).flatten(1) for x in at]
+        truth = float(torch.stack([torch.linalg.matrix_norm(j, 2) for j in rows]).mean())
+        for name in ("largest singular value at the image", "largest singular value, adversarial"):
+            assert reading[name].residual < 1e-5
+        assert reading["largest singular value at the image"].value == pytest.approx(truth, rel=1e-6)
+
+
 def test_singular_values_along_the_way_against_the_dense_jacobian() -> None:
     model = smooth_net()
     look_at = subject(model)
@@ -206,7 +277,8 @@ def test_pooling_windows_that_tie_on_black_have_no_derivative() -> None:
     black = torch.zeros(10, 1, 8, 8)
     reading = LocalLinearity(**QUICK).look(subject(net, images=black), gen=gen())
     assert reading["order, logits, random"].value == pytest.approx(1.0, abs=0.02)
-    assert reading["first kink, random"].nature == "upper bound"
+    kink = reading["first kink, random"]
+    assert kink.value == 0.0 and kink.nature == "exact"
 
 
 @pytest.mark.parametrize("make", [smooth_net, lambda: seeded(nn.Flatten, lambda: nn.Linear(64, 4))])

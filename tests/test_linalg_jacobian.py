@@ -11,7 +11,7 @@ from conftest import gen
 from torch import Tensor, nn
 
 from robustlens.core.modes import untouched
-from robustlens.linalg.jacobian import Linearization, dual, jvp, power_method, vjp
+from robustlens.linalg.jacobian import Linearization, dual, jvp, krylov_method, power_method, residual, vjp
 
 
 def everything() -> nn.Module:
@@ -89,6 +89,49 @@ def test_one_step_is_exact_for_a_jacobian_of_rank_one() -> None:
     u, v, sigma = power_method(matrix_net(torch.outer(a, b)), draw(5, 1, 2, 3), draw(5, 1, 2, 3, seed=2), 1)
     assert torch.allclose(sigma, (a.norm() * b.norm()).expand(5), rtol=1e-12)
     assert torch.allclose(torch.einsum("bk,bn->bkn", u, v.flatten(1)), torch.outer(a, b) / sigma[0], atol=1e-12)
+
+
+def test_the_krylov_method_is_exact_once_it_has_as_many_steps_as_classes(images: Tensor) -> None:
+    model, x = everything(), images.double()
+    left, values, right = torch.linalg.svd(dense(model, x), full_matrices=False)
+    with untouched(model):
+        for steps in (4, 9):
+            u, v, sigma = krylov_method(model, x, draw(*x.shape), steps)
+            assert torch.allclose(sigma, values[:, 0], rtol=1e-12, atol=0)
+            assert torch.allclose((v.flatten(1) * right[:, 0]).sum(1).abs(), torch.ones(12).double(), atol=1e-12)
+            assert torch.allclose((u * left[:, :, 0]).sum(1).abs(), torch.ones(12).double(), atol=1e-12)
+            assert float(residual(model, x, u, v, sigma).max()) < 1e-12
+        single = krylov_method(model.float(), x.float(), draw(*x.shape).float(), 10)[2]
+    assert torch.allclose(single.double(), values[:, 0], rtol=1e-5, atol=0)
+
+
+def test_the_krylov_method_beats_the_power_method_at_the_same_products() -> None:
+    """60 classes whose singular values fall like 0.9^k: powers hardly tell the first two apart."""
+    left, right = torch.linalg.qr(draw(60, 60)).Q, torch.linalg.qr(draw(80, 60, seed=1)).Q
+    w = left @ torch.diag(0.9 ** torch.arange(60).double()) @ right.T
+    x, start = draw(3, 1, 8, 10), draw(3, 1, 8, 10, seed=2)
+    for steps, worst in ((10, 1e-3), (20, 1e-10)):
+        found = {f: f(matrix_net(w), x, start, steps) for f in (krylov_method, power_method)}
+        off = {f: float(residual(matrix_net(w), x, *triplet).max()) for f, triplet in found.items()}
+        assert off[krylov_method] < worst and off[power_method] > 3 * off[krylov_method]
+        assert bool((found[krylov_method][2] <= 1 + 1e-12).all())
+        assert bool((found[krylov_method][2] > found[power_method][2]).all())
+
+
+def test_the_krylov_method_where_its_space_runs_out() -> None:
+    """Rank 2 of 8 classes, and no Jacobian at all for one of the images."""
+    low = draw(8, 2) @ draw(2, 12, seed=1)
+    u, v, sigma = krylov_method(matrix_net(low), draw(4, 1, 3, 4), draw(4, 1, 3, 4, seed=2), 8)
+    assert torch.allclose(sigma, torch.linalg.matrix_norm(low, 2).expand(4), rtol=1e-12)
+    assert float(residual(matrix_net(low), draw(4, 1, 3, 4), u, v, sigma).max()) < 1e-12
+    gate = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x = torch.stack([torch.ones(1, 3, 4), -torch.ones(1, 3, 4)]).double()
+    with torch.no_grad():
+        gate[1].weight.abs_()
+        gate[1].bias.zero_()
+    u, v, sigma = krylov_method(gate, x, draw(2, 1, 3, 4), 5)
+    assert float(sigma[0]) > 0 and float(v[0].norm()) == pytest.approx(1)
+    assert float(sigma[1]) == 0.0 and not u[1].any() and not v[1].any()
 
 
 @pytest.mark.parametrize("q", [1, 2, 3])

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from conftest import gen
+from torch import Tensor, nn
 
 from robustlens.attacks.pgd import PGD
 from robustlens.core.discovery import build, describe, find, load_attribute
-from robustlens.core.modes import precision, untouched
+from robustlens.core.modes import channels_last, precision, untouched
 from robustlens.core.rng import derive, generator
 from robustlens.core.types import Threat
 from robustlens.objectives.adversarial import Adversarial
@@ -145,7 +146,7 @@ def test_plugins_of_the_users_own() -> None:
 
 PGD_L2 = {"name": "pgd", "threat": "l2:1"}
 BAD = [
-    ("attack", "pdg", r"attack: expected one of fgsm, .* got 'pdg'\. Did you mean 'pgd'\?"),
+    ("attack", "pdg", r"attack: expected one of apgd, .* got 'pdg'\. Did you mean 'pgd'\?"),
     ("attack", "zzzzzz", "See `robustlens list`"),
     ("attack", "", "expected one of"),
     ("attack", {}, 'settings with a "name", got {}'),
@@ -207,3 +208,35 @@ def test_errors_are_always_one_line() -> None:
 def test_plugins_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         build("attack", PGD_L2).steps = 3
+
+
+class Flat(nn.Module):
+    """A network that views its activations flat, which channels-last ones do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).view(len(x), -1)
+
+
+def test_channels_last_inside_and_the_same_weights_after() -> None:
+    x = torch.rand(2, 3, 8, 8, generator=gen())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    weight, data = model[0].weight, model[0].weight.data
+    before = model(x)
+    with channels_last(model, x):
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(model(x), before, atol=1e-6)
+    assert model[0].weight is weight and weight.data.data_ptr() == data.data_ptr() and weight.is_contiguous()
+    with pytest.raises(RuntimeError, match="stop"), channels_last(model, x):
+        raise RuntimeError("stop")
+    assert weight.is_contiguous() and torch.equal(model(x), before)
+
+
+def test_a_network_that_cannot_is_left_alone() -> None:
+    x, model = torch.rand(2, 3, 8, 8, generator=gen()), Flat()
+    before = model(x)
+    with channels_last(model, x):
+        assert torch.equal(model(x), before)

@@ -112,7 +112,13 @@ def train(
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Argument(help="pkg.module:callable that returns the network, or a name from `list`.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="pkg.module:callable that returns the network, a TorchScript or ExportedProgram file, timm:NAME, "
+            "robustbench:ID, or a name from `list`."
+        ),
+    ],
     data: Annotated[str, typer.Option(help=SOURCES)],
     threat: Threat,
     weights: Annotated[Path | None, typer.Option(help="safetensors, or a state dict without code in it.")] = None,
@@ -122,6 +128,13 @@ def audit(
     depth: Annotated[
         Depth, typer.Option(help="quick: minutes on a laptop; full: more of everything, its time is said first.")
     ] = Depth.quick,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="Also run AutoAttack-standard; interrupt it, and it goes on from there.")
+    ] = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help='What it must show, else the exit code is 1: "robust>=0.45", "clean>=0.9". Repeatable.'),
+    ] = None,
     out: Out = Path("runs/audit"),
     device: Device = "auto",
 ) -> None:
@@ -130,15 +143,41 @@ def audit(
     from robustlens.show import Show, expectation, table
     from robustlens.studies.audit import audit as look
     from robustlens.studies.audit import estimate, open_model, open_splits
+    from robustlens.studies.require import Requirement, check_requirements
 
+    requirements = [Requirement.parse(text) for text in require or ()]
     splits = open_splits(data, examples=examples)
-    network = open_model(model, splits, weights=weights, mean=mean, std=std)
-    if depth is Depth.full:
-        expectation(console, estimate(network, splits, threat=threat, depth="full", device=device))
+    network = open_model(model, splits, threat=threat, weights=weights, mean=mean, std=std)
+    if depth is Depth.full or standard:
+        seconds = estimate(network, splits, threat=threat, depth=depth.value, standard=standard, device=device)
+        expectation(console, seconds)
     with Show(console) as show:
-        run = look(network, splits, threat=threat, label=model, depth=depth.value, out=out, device=device, watch=show)
+        run = look(
+            network,
+            splits,
+            threat=threat,
+            label=model,
+            depth=depth.value,
+            standard=standard,
+            out=out,
+            device=device,
+            watch=show,
+        )
     table(console, [run])
     _say_page(write_page([run], run.path / "report.html", title=f"Audit of {model}"))
+    check_requirements(requirements, run.readings())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A run directory, or a directory that holds one.")],
+    second: Annotated[Path, typer.Argument(help="Another one, looked at with the same data, threat and examples.")],
+) -> None:
+    """Compare two networks example by example: the difference of their accuracies, with an interval."""
+    from robustlens.show import comparison
+    from robustlens.studies.compare import compare as compared
+
+    comparison(console, compared(first, second))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from robustlens.results.errors import unknown_name
 from robustlens.results.store import RunDirectory
+
+if TYPE_CHECKING:
+    from robustlens.studies.compare import Compared
 
 #: Statuses of a number that a reader must be warned of.
 DOUBTFUL = ("unreliable", "failed")
@@ -65,6 +68,14 @@ class Show:
     def epoch(self, record: Mapping[str, Any]) -> None:
         self._last = record
 
+    def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
+        if self._steps is None:
+            self._steps = self._progress.add_task("", total=batches, note="")
+        where = f"  {attack}" if chunk == 0 else f"  {attack}, chunk {chunk + 1}"
+        self._progress.update(
+            self._steps, completed=done, total=batches, description=where, note=f"{standing} examples stand"
+        )
+
     def done(self, label: str, what: str, *, already: bool) -> None:
         """A piece of work ended."""
         if self._pieces is not None:
@@ -91,6 +102,34 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
     reasons = {(row.method, c.why): None for row in summary.rows for c in row.cells if c.status in DOUBTFUL}
     for method, why in reasons:
         console.print(f"⚠ {escape(method)}: {escape(why)}", soft_wrap=True)
+
+
+def comparison(console: Console, found: Sequence[Compared]) -> None:
+    """What sets two runs apart on the same examples: a column an accuracy."""
+    from robustlens.report.numbers import interval, number
+
+    first, second = (escape(label) for label in found[0].labels)
+    shown = Table("", header_style="bold")
+    for each in found:
+        shown.add_column(escape(f"{each.quantity} ({each.lens}, {each.threat})"), justify="right")
+    pairs = [each.paired for each in found]
+    shown.add_row(first, *(number(pair.shares[0], "fraction") for pair in pairs))
+    shown.add_row(second, *(number(pair.shares[1], "fraction") for pair in pairs))
+    spans = [interval(*pair.interval(), "fraction") for pair in pairs]
+    gains = [number(pair.difference, "fraction") for pair in pairs]
+    shown.add_row("difference", *(f"{gain} {span}" for gain, span in zip(gains, spans, strict=True)))
+    shown.add_row(f"right in {first} alone", *(str(pair.first) for pair in pairs))
+    shown.add_row(f"right in {second} alone", *(str(pair.second) for pair in pairs))
+    shown.add_row("p", *(f"{pair.p:.2g}" for pair in pairs))
+    shown.add_row("n", *(f"{pair.n:,}" for pair in pairs))
+    console.print(shown)
+    console.print(
+        f"The difference is {second} minus {first} on the same examples, with its 95 % interval (Newcombe); p is "
+        "McNemar's exact test of the examples that only one of them gets right.",
+        soft_wrap=True,
+    )
+    for doubt in dict.fromkeys(each.doubt for each in found if each.doubt):
+        console.print(f"⚠ {escape(doubt)}", soft_wrap=True)
 
 
 def expectation(console: Console, seconds: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import dual_size, require_smooth_norm
+from robustlens.attacks.smallest import dual_size, margin_and_slope, require_smooth_norm, smaller
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
@@ -86,8 +86,8 @@ class FMN:
         radius = torch.zeros_like(smallest)
         first = self.step_size or (3.0 if threat.norm == "linf" else 1.0)
         for step in range(self.steps):
-            margin, slope = _margin(model, x + delta, y)
-            nearest, smallest = _smaller(threat, margin, delta, nearest, smallest)
+            margin, slope = margin_and_slope(model, x + delta, y)
+            nearest, smallest = smaller(threat, margin, delta, nearest, smallest)
             fall = (1 + math.cos(math.pi * step / self.steps)) / 2
             alpha = first * (0.01 + 0.99 * fall)
             gamma = self.gamma * (0.02 + 0.98 * fall)
@@ -102,24 +102,8 @@ class FMN:
             delta = (x + delta).clamp(threat.low, threat.high) - x
         with torch.no_grad():
             margin = logit_margin(model(x + delta), y)
-        nearest, smallest = _smaller(threat, margin, delta, nearest, smallest)
+        nearest, smallest = smaller(threat, margin, delta, nearest, smallest)
         return x + torch.where(torch.isfinite(smallest)[:, None, None, None], nearest, delta)
-
-
-def _margin(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """M (B,) and its gradient (B, C, H, W)."""
-    point = x.detach().requires_grad_()
-    with torch.enable_grad():
-        margin = logit_margin(model(point), y)
-    (slope,) = torch.autograd.grad(margin.sum(), point)
-    return margin.detach(), slope
-
-
-def _smaller(threat: Lp, margin: Tensor, delta: Tensor, nearest: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest wrong change so far and its size, ``delta`` included."""
-    size = threat.size(delta)
-    better = (margin <= 0) & (size < smallest)
-    return torch.where(better[:, None, None, None], delta, nearest), torch.where(better, size, smallest)
 
 
 def _into_ball(threat: Lp, delta: Tensor, radius: Tensor) -> Tensor:

@@ -39,9 +39,57 @@ def dual_size(threat: Lp, w: Tensor) -> Tensor:
     return size
 
 
+def margin_and_slope(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit margin (B,) and its gradient (B, C, H, W)."""
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        margin = logit_margin(model(point), y)
+        (slope,) = torch.autograd.grad(margin.sum(), point)
+    return margin.detach(), slope
+
+
+def smaller(threat: Lp, margin: Tensor, delta: Tensor, nearest: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest wrong change so far (B, C, H, W) and its size (B,), ``delta`` included; margin ≤ 0 is wrong."""
+    size = threat.size(delta)
+    better = (margin <= 0) & (size < smallest)
+    return torch.where(better[:, None, None, None], delta, nearest), torch.where(better, size, smallest)
+
+
+def linearised_step(threat: Lp, z: Tensor, leads: Tensor, slopes: Tensor, *, overshoot: float) -> Tensor:
+    """DeepFool's step (B, C, H, W): from z to the nearest of the linearised boundaries, and a little farther.
+
+    ``leads`` (B, R) are f_y − f_k at z and ``slopes`` (B, R, C, H, W) are ∇(f_k − f_y); without a slope there is no way
+    to that rival.
+    """
+    slopes = movable(threat, z[:, None], slopes)
+    sizes = dual_size(threat, slopes.flatten(0, 1)).view_as(leads)
+    distances = torch.where(sizes > 0, leads / sizes, torch.inf)
+    k = distances.argmin(1)
+    each = torch.arange(len(z), device=z.device)
+    return along(threat, z, slopes[each, k], (1 + overshoot) * distances[each, k])
+
+
+def along(threat: Lp, z: Tensor, w: Tensor, length: Tensor) -> Tensor:
+    """z moved by ``length`` (B,), at most eps, along the threat's direction of steepest ascent for w, into the box."""
+    step = length.clamp(-threat.eps, threat.eps)[:, None, None, None]
+    moved = z + step * threat.ascend(w, floor=torch.finfo(w.dtype).tiny)
+    return moved.clamp(threat.low, threat.high)
+
+
+def movable(threat: Lp, z: Tensor, w: Tensor) -> Tensor:
+    """w with 0 where a pixel of z has no room along it; a step that asks for more of the others crosses."""
+    return w * torch.where(w > 0, z < threat.high, z > threat.low)
+
+
 def require_smooth_norm(threat: Threat, who: str) -> None:
     """Refuse a threat that is no ℓ2 or ℓ∞ ball."""
     if not isinstance(threat, Lp) or threat.norm == "l1":
         raise InputError(
             f"{who} threat", expected="an ℓ2 or ℓ∞ ball", got=str(threat), fix='Write "l2:…" or "linf:…", or use pgd.'
         )
+
+
+def require_l2(threat: Threat, who: str) -> None:
+    """Refuse a threat that is no ℓ2 ball."""
+    if not isinstance(threat, Lp) or threat.norm != "l2":
+        raise InputError(f"{who} threat", expected="an ℓ2 ball", got=str(threat), fix='Write "l2:…", or use fmn.')

@@ -8,7 +8,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import dual_size, nearest_on_segment, require_smooth_norm
+from robustlens.attacks.smallest import (
+    along,
+    dual_size,
+    linearised_step,
+    movable,
+    nearest_on_segment,
+    require_smooth_norm,
+)
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
 from robustlens.linalg.rivals import rivals
@@ -26,14 +33,18 @@ class SuperDeepFool:
         where it is wrong: z ← x + ⟨w, z − x⟩ / ‖w‖_q · v                            (projection; k the class on top)
 
     The projection takes x to the nearest point of the plane through z along the boundary, so that z − x becomes
-    orthogonal to the boundary, as it is at the nearest point. Once a projected z is wrong an image is finished
-    (SDF(∞, 1)). For ℓ2 it is the paper's algorithm; for ℓ∞ the steps are DeepFool's ℓp form, and the projection is the
-    same one in that norm. The paper knows no box: here w is 0 at pixels that cannot move along it, and every z is moved
-    into the box; without that, steps that ask black pixels to become darker fall short of the boundary.
+    orthogonal to the boundary, as it is at the nearest point. Once a projected z is wrong an image is finished. For ℓ2
+    this is the paper's algorithm 2, SDF(∞, 1); for ℓ∞ the steps are DeepFool's ℓp form, and the projection is the same
+    one in that norm. The authors' code goes on otherwise where a projected z is right: it adds the next projection to
+    the last instead of putting it in its place, and has steps of DeepFool by itself clipped to the box.
 
-    Of all wrong z the nearest is kept, and the segment to it is bisected. The radius of the threat limits how far the
-    answer may lie: take the diameter of the box to measure distances. Where nothing wrong was met, the last z comes
-    back; the choke point sees that it is right. An image that is wrong already comes back as it is.
+    The paper clips the result to the box, and no more: here w is 0 at pixels that cannot move along it, and every z is
+    moved into the box; without that, steps that ask black pixels to become darker fall short of the boundary.
+
+    Of all wrong z the nearest is kept, and the segment to it is bisected (in the paper only a way to look at results,
+    in the code 10 halvings). The radius of the threat limits how far the answer may lie: take the diameter of the box
+    to measure distances. Where nothing wrong was met, the last z comes back; the choke point sees that it is right. An
+    image that is wrong already comes back as it is.
 
     Costs at most ``steps`` × ``rivals`` input passes and ``bisections`` forward passes; 5 to 15 steps do for most
     images, and finished ones leave the batch.
@@ -42,7 +53,8 @@ class SuperDeepFool:
         threat: norm (ℓ2 or ℓ∞), radius and box.
         steps: gradient evaluations of an image, in both phases together.
         rivals: the wrong classes that DeepFool looks at, those with the highest logits.
-        overshoot: how much farther than the linearised boundary a step goes.
+        overshoot: how much farther than the linearised boundary a step goes; 0.02 in the authors' code, none in the
+            paper's algorithm.
         bisections: halvings of the segment from x to the result.
 
     Raises:
@@ -51,7 +63,7 @@ class SuperDeepFool:
 
     name: ClassVar[str] = "superdeepfool"
     reference: ClassVar[str] = (
-        "Abdollahpourrostam et al. 2023, arXiv 2303.12481, algorithm SDF(∞, 1); "
+        "Abdollahpoorrostam et al. 2023, arXiv 2303.12481, eq. 4 and algorithm 2; "
         "Moosavi-Dezfooli et al. 2016, arXiv 1511.04599, §3 (ℓp steps)"
     )
 
@@ -86,7 +98,9 @@ class SuperDeepFool:
             closer = alive[wrong & (size < distance[alive])]
             better = wrong & (size < distance[alive])
             nearest[closer], distance[closer] = point[better], size[better]
-            point = self._moved(threat, point, origin, leads, slopes, wrong)
+            stepped = linearised_step(threat, point, leads, slopes, overshoot=self.overshoot)
+            back = _projected(threat, point, origin, slopes[:, 0])
+            point = torch.where(wrong[:, None, None, None], back, stepped)
             going = ~(wrong & projected)
             projected = wrong[going]
             alive, point = alive[going], point[going]
@@ -98,22 +112,9 @@ class SuperDeepFool:
         nearest[found] = nearest_on_segment(model, x[found], nearest[found], y[found], steps=self.bisections)
         return nearest
 
-    def _moved(self, threat: Lp, point: Tensor, origin: Tensor, leads: Tensor, slopes: Tensor, wrong: Tensor) -> Tensor:
-        """The next z (B, C, H, W): projected where it is ``wrong`` (B,), a step of DeepFool where it is right."""
-        start = torch.where(wrong[:, None, None, None], origin, point)
-        slopes = slopes * self._can_move(threat, start[:, None], slopes)
-        sizes = dual_size(threat, slopes.flatten(0, 1)).view_as(leads)
-        first_order = torch.where(sizes > 0, leads / sizes, torch.inf)  # no slope, no way to that rival
-        rank = torch.where(wrong, 0, first_order.argmin(1))
-        each = torch.arange(len(point), device=point.device)
-        w, size = slopes[each, rank], sizes[each, rank].clamp_min(torch.finfo(point.dtype).tiny)
-        along = (w * (point - origin)).flatten(1).sum(1) / size
-        ahead = (1 + self.overshoot) * first_order[each, rank]
-        length = torch.where(wrong, along, ahead).clamp(-threat.eps, threat.eps)
-        moved = start + length[:, None, None, None] * threat.ascend(w, floor=torch.finfo(w.dtype).tiny)
-        return moved.clamp(threat.low, threat.high)
 
-    @staticmethod
-    def _can_move(threat: Lp, start: Tensor, slopes: Tensor) -> Tensor:
-        """Whether a pixel of ``start`` has room along the slope; a step that asks for more of the others crosses."""
-        return torch.where(slopes > 0, start < threat.high, start > threat.low)
+def _projected(threat: Lp, z: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """x moved to the plane through z along the boundary whose slope is w (all (B, C, H, W))."""
+    w = movable(threat, x, w)
+    size = dual_size(threat, w).clamp_min(torch.finfo(z.dtype).tiny)
+    return along(threat, x, w, (w * (z - x)).flatten(1).sum(1) / size)

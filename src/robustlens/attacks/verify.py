@@ -6,7 +6,9 @@ fresh forward pass in eval mode.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,6 +16,7 @@ from torch import Generator, Tensor, nn
 from robustlens.core.criterion import logit_margin
 from robustlens.core.modes import CraftMode, Precision, precision, untouched
 from robustlens.core.types import Attack, Batch
+from robustlens.linalg.frozen_convolutions import FrozenConvolutions
 from robustlens.results.errors import RobustlensError
 
 #: Rounding that a re-projected point may show, relative to eps (float32 norms over thousands of pixels).
@@ -58,7 +61,7 @@ def craft(
     """
     if attack.threat.eps == 0 or len(x) == 0:
         return x
-    with untouched(model, mode=mode), precision(precise, x.device):
+    with untouched(model, mode=mode), precision(precise, x.device), _quick(model):
         x_adv = attack.perturb(model, x, y, gen=gen)
     return _checked(attack, x_adv, x)
 
@@ -79,6 +82,11 @@ def evaluate(attack: Attack, model: nn.Module, batch: Batch, *, gen: Generator) 
     return Attacked(x_adv, attack.threat.distance(x_adv, x), clean_logits, logits, clean_correct, robust)
 
 
+def _quick(model: nn.Module) -> AbstractContextManager[Any]:
+    """Weights do not learn while an attack runs."""
+    return FrozenConvolutions() if any(isinstance(m, nn.Conv2d) for m in model.modules()) else nullcontext()
+
+
 @torch.no_grad()
 def _checked(attack: Attack, x_adv: Tensor, x: Tensor) -> Tensor:
     threat, who = attack.threat, type(attack).__name__
@@ -88,6 +96,6 @@ def _checked(attack: Attack, x_adv: Tensor, x: Tensor) -> Tensor:
     if not bool(torch.isfinite(x_adv).all()):
         raise AttackBroken(f"{who} returned NaN or infinite pixels; the model's gradients are probably not finite.")
     far = float((threat.distance(x_adv, x) - threat.eps).max())
-    if far > SLACK * threat.eps:
+    if far > SLACK * threat.eps + torch.finfo(x.dtype).eps:  # x + δ is rounded too, by what x's size asks for
         raise AttackBroken(f"{who}: a projected point lies {far:.2e} outside the radius {threat.eps}.")
     return x_adv

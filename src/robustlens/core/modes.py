@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CraftMode = Literal["eval", "train"]
 Precision = Literal["float32", "bf16-craft"]
@@ -78,6 +78,36 @@ def still(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(random)
         if random_cuda:
             torch.cuda.set_rng_state_all(random_cuda)
+
+
+@contextmanager
+def channels_last(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Convolutions in channels-last layout inside, on a CPU, where they take a third to a half less time.
+
+    A network that cannot (one that views activations flat, say) is left as it is; ``x`` (B, C, H, W) is tried. The
+    weights themselves come back, not copies of them.
+    """
+    weights = [m.weight for m in model.modules() if type(m) is nn.Conv2d] if x.device.type == "cpu" else []
+    before = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if weights and not _answers(model, x[:1]):
+            for weight, data in zip(weights, before, strict=True):
+                weight.data = data
+        yield
+    finally:
+        for weight, data in zip(weights, before, strict=True):
+            weight.data = data
+
+
+def _answers(model: nn.Module, x: Tensor) -> bool:
+    try:
+        with untouched(model), torch.no_grad():
+            model(x)
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager

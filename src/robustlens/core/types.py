@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -308,3 +309,12 @@ class Lens(Protocol):
     name: ClassVar[str]
 
     def look(self, subject: Subject, *, gen: Generator) -> Reading: ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A lens of long work, which keeps what it has done in the directory ``state`` and goes on from there."""
+
+    def look_resumably(
+        self, subject: Subject, *, gen: Generator, state: Path | None, told: Callable[..., None] | None
+    ) -> Reading: ...

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from robustlens.attacks.pgd import PGD
@@ -154,6 +155,7 @@ class Accuracy:
             headline=("clean accuracy", "robust accuracy"),
             panels=_panels(record, y, subject.splits.classes, attack.threat),
             settings=settings,
+            examples=record.examples(),
         )
 
     def _radii(self, eps: float) -> list[float]:
@@ -164,7 +166,8 @@ class Accuracy:
 class _Record:
     """What happened to the examples seen so far.
 
-    ``fell`` (N,) is the position in ``radii`` at which an example was first wrong, len(radii) if it never was.
+    ``fell`` (N,) is the position in ``radii`` at which an example was first wrong, len(radii) if it never was, and
+    ``index`` (N,) its position in the split.
     ``useless`` counts zero or non-finite gradients; ``stable`` says whether two forward passes agreed.
     ``shown`` holds (clean, adversarial, label, prediction after, distance, whether it held) of the pictures.
     """
@@ -172,6 +175,7 @@ class _Record:
     def __init__(self, radii: Sequence[float], pictures: int) -> None:
         self.radii, self.pictures = list(radii), pictures
         self.fell = torch.empty(0, dtype=torch.int64)
+        self.index = torch.empty(0, dtype=torch.int64)
         self.useless, self.stable = 0, True
         self.shown: list[tuple[Tensor, Tensor, int, int, float, bool]] = []
 
@@ -195,6 +199,7 @@ class _Record:
             pair = batch.x[i].cpu(), last[i].cpu()
             self.shown.append((*pair, int(batch.y[i]), int(after[i]), float(distance[i]), holds))
         self.fell = torch.cat([self.fell, fell.cpu()])
+        self.index = torch.cat([self.index, batch.index.cpu()])
 
     def __len__(self) -> int:
         return len(self.fell)
@@ -202,6 +207,11 @@ class _Record:
     def right(self, position: int) -> Tensor:
         """Which examples (N,) are right at ``radii[position]`` and at every smaller radius."""
         return self.fell > position
+
+    def examples(self) -> dict[str, NDArray[Any]]:
+        """Position, and whether it was right before and at the largest radius, of every example."""
+        clean, robust = self.right(0), self.right(len(self.radii) - 1)
+        return {"index": self.index.numpy(), "clean": clean.numpy(), "robust": robust.numpy()}
 
     def survivors(self) -> Tensor:
         """Positions of the examples that no radius broke."""

@@ -88,7 +88,9 @@ class GeneralizationBound:
 
     Beside it, with the same choices: Bartlett, Foster and Telgarsky 2017, Theorem 1.1, leading terms, the constants and
     logarithms inside its Õ left out: ‖X‖_F R ln(W) / (γ m) + √(ln(1/η) / m) with
-    R = ∏ ‖W_i‖ (Σ (‖W_iᵀ‖_{2,1} / ‖W_i‖)^{2/3})^{3/2}, W the width; and Sokolić et al. 2017, Corollary 2:
+    R = ∏ ‖W_i‖ (Σ (‖W_iᵀ‖_{2,1} / ‖W_i‖)^{2/3})^{3/2} (equation 1.2 with reference matrices 0 and activations of
+    slope at most 1) and W the most values that a layer takes or gives; it is what the error may exceed the share of
+    training margins up to γ by. And Sokolić et al. 2017, Corollary 2:
     √(2 log 2 · classes · (2 C_M / v)^k / m) + √(2 log(1/η) / m) with v = smallest margin / (√2 ∏ ‖W_i‖), over the
     training images that are right (it is undefined where one is wrong).
 

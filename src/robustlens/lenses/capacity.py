@@ -37,16 +37,14 @@ class Cover(NamedTuple):
 
 
 def layer_facts(operator: Operator) -> Layer:
-    """The numbers of one layer; a convolution's are those of its circular operator."""
-    values = operator.spectrum()
+    """The numbers of one layer; a convolution's singular values are those of its circular operator."""
+    values, rows = operator.spectrum(), operator.row_norms()
     largest, smallest = float(values.max()), float(values.min())
-    filters = float(operator.weight.double().flatten(1).norm(dim=1).sum())
-    out, inputs, places, pixels = *operator.weight.shape[:2], 1, 1
-    if isinstance(operator, ConvOperator):
-        places = math.prod(c // s for c, s in zip(operator.circle, operator.stride, strict=True))
-        pixels, inputs = math.prod(operator.size), inputs * operator.groups
     smallest = smallest if smallest > ROUNDING * largest else 0.0
-    return Layer(operator.name, largest, smallest, places * filters, max(out * places, inputs * pixels))
+    inputs = operator.weight.shape[1]
+    if isinstance(operator, ConvOperator):
+        inputs *= operator.groups * math.prod(operator.size)
+    return Layer(operator.name, largest, smallest, float(rows.sum()), max(len(rows), inputs))
 
 
 def smallest_row_distance(head: Tensor) -> float:

@@ -20,6 +20,9 @@ from robustlens.results.panels import Floats
 
 Statistics = Literal["frozen", "re-estimated"]
 
+#: Gradients no longer than this in ℓ2 hardly move an attack (``Lp.ascend``) and were rounded on their way.
+FAINT = 1e-12
+
 
 class Losses(NamedTuple):
     """Cross-entropy of every example (n,), in nats: clean, under attack, and on given images.
@@ -69,8 +72,9 @@ class Displaced:
         return Losses(torch.cat(clean).numpy(), torch.cat(robust).numpy(), torch.cat(other).numpy(), tuple(found))
 
     def blind(self) -> float:
-        """Share of the examples whose cross-entropy at w has an input gradient of exactly zero (or none)."""
-        return sum(useless_gradients(self.subject.model, batch) for batch in self._batches()) / len(self.order)
+        """Share of the examples whose cross-entropy at w has an input gradient that nearly vanishes (or none)."""
+        model = self.subject.model
+        return sum(useless_gradients(model, batch, floor=FAINT) for batch in self._batches()) / len(self.order)
 
     def climb(self, base: Losses, xi: float, steps: int) -> Floats:
         """Robust losses (n,) where their mean was largest on an ascent in ν, ‖ν_l‖ ≤ ξ ‖w_l‖, jointly with the attack.

@@ -37,7 +37,7 @@ from robustlens.results.panels import Curve, Floats, Heatmap, Panel, Series, Tab
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
 
-#: More than this share of examples without a gradient makes a reading unreliable.
+#: More than this share of examples with next to no gradient makes a reading unreliable.
 TOLERATED = 0.05
 PER_DIRECTION = ("direction", "slope at 0", "curvature at 0", "standard error of the fit", "width")
 
@@ -63,9 +63,11 @@ class WeightLandscape:
     Intervals are ± 1.96 standard errors from resampling examples and directions together (examples alone where there
     is one direction, and for the worst ν).
 
-    Where the input gradient of the cross-entropy is exactly zero (float32 rounds it away for very confident networks)
-    the attack is blind, and moving the weights may open its eyes: g then rises for a wrong reason. The reading is
-    unreliable when that holds for more than 5 % of the examples at w.
+    Where the input gradient of the cross-entropy nearly vanishes (‖g‖₂ ≤ 1e-12, as margins from about 27 on make it,
+    and from 100 on float32 rounds it to zero) an attack that follows it is blind: ℓ2 steps shrink with it, and what is
+    left of its direction leaves out the right class, whose probability rounds to 1. Moving the weights may open its
+    eyes, and g then rises for a wrong reason. The reading is unreliable when that holds for more than 5 % of the
+    examples at w, whatever the attack.
 
     Cost, in passes over the ``n_examples``: about (1 + 2 · points · directions + draws + ascent_steps) · (attack + 1),
     and plane² · (attack + 1) for the plane. With the defaults about 130 passes over 100 images: 20 s of one core for a
@@ -81,9 +83,10 @@ class WeightLandscape:
         n_examples: a fixed random sample of the split; None takes all.
         batch_norm: "frozen" keeps the stored statistics at all weights; "re-estimated" measures them anew on the clean
             images at all weights (also at w, so g(0) is then not the loss with the stored ones).
-        average_radius, worst_radius: ξ of the two kinds of flatness, with the authors' values.
-        draws: random ν.
-        ascent_steps: steps to the worst ν.
+        average_radius, worst_radius: ξ of the two kinds of flatness, with the authors' values. In their code biases
+            move as well, and random ν lie on the sphere, which in so many dimensions is nearly the ball.
+        draws: random ν; the authors take 10, and 1,000 examples.
+        ascent_steps: steps to the worst ν; the authors take 20 of size 0.01 ‖w_l‖ from random points in the ball.
         plane: points of each axis of a heat map over a plane of two directions, made orthogonal before they are
             normalised; None draws none. The cosine that the normalisation leaves between them is that of two weight
             vectors, and does see how scale is distributed over the layers.
@@ -194,7 +197,7 @@ class WeightLandscape:
         blind = scene.blind()
         quantities = [
             *self._quantities(found, seed),
-            Quantity("share of zero gradients", blind, "fraction", n=len(order)),
+            Quantity("share of vanishing gradients", blind, "fraction", n=len(order)),
         ]
         panels = self._panels(found, seed)
         if self.plane is not None:
@@ -325,8 +328,9 @@ def _outcome(blind: float) -> Outcome:
     if blind <= TOLERATED:
         return Outcome()
     return Outcome.unreliable(
-        f"For {blind:.0%} of the images the loss of the unmoved network has no slope at all, so the attack is blind "
-        "there and sees more once the weights are moved; the rise of the loss under attack is then partly an artefact."
+        f"For {blind:.0%} of the images the unmoved network is so sure of itself that its loss has almost no slope. "
+        "An attack that follows the loss is blind there and sees more once the weights are moved, so the rise of the "
+        "loss under attack is partly an artefact."
     )
 
 

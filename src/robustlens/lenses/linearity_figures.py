@@ -34,7 +34,8 @@ class Measured:
 
     ``deviation[way, part]`` (n, D), ``change[way, part]`` (n,) the size of J v, ``floor[way, part]`` (n, D) float64's
     rounding, ``rounding[part]`` (n,) that of float32; ``kinks[way]`` (n,); ``sigmas[way]`` and ``residuals[way]``
-    (m, points) at ``norm_at``; ``radii`` (f,). ``no_regions`` says why kinks and radii are missing.
+    (m, points) at ``norm_at``; ``radii`` (f,) by name. ``no_regions`` says why kinks and radii are missing, ``pools``
+    whether they are only upper bounds.
     """
 
     def __init__(self, threat: Threat, distances: Floats, parts: Iterable[str]) -> None:
@@ -45,7 +46,7 @@ class Measured:
         self.sigmas: dict[str, list[Floats]] = {way: [] for way in WAYS}
         self.residuals: dict[str, list[Floats]] = {way: [] for way in WAYS}
         self.norm_at: Floats = np.zeros(0)
-        self.radii: list[Floats] = []
+        self.radii: dict[str, list[Floats]] = {"facet radius": [], "facet radius, ReLUs alone": []}
         self.no_regions: str | None = None
         self.pools = False
 
@@ -151,9 +152,10 @@ def _regions(measured: Measured, seed: int) -> list[Quantity]:
                 found.append(
                     Quantity(f"first kink, {way}", middle, "", float(low), float(high), len(kinks), None, nature)
                 )
-    radii = np.concatenate(measured.radii) if measured.radii else np.zeros(0)
-    if len(radii) and np.isfinite(np.median(radii)):
-        found.append(Quantity("facet radius", float(np.median(radii)), "", n=len(radii), nature=nature))
+    for name, radii in measured.radii.items():
+        if radii and np.isfinite(np.median(radii)):
+            best: Literal["exact", "upper bound"] = nature if name == "facet radius" else "upper bound"
+            found.append(Quantity(name, float(np.median(radii)), "", n=len(radii), nature=best))
     return found
 
 

@@ -50,8 +50,8 @@ def logits(subject: Subject, split: Split, order: Tensor, size: int) -> tuple[Te
     return torch.cat(outputs), torch.cat(labels)
 
 
-def useless_gradients(model: nn.Module, batch: Batch) -> int:
-    """Examples whose input gradient of the cross-entropy is exactly zero or not finite."""
+def useless_gradients(model: nn.Module, batch: Batch, *, floor: float = 0.0) -> int:
+    """Examples whose input gradient g of the cross-entropy has ‖g‖₂ ≤ ``floor`` or is not finite."""
     x = batch.x.detach().clone().requires_grad_()
     with untouched(model), torch.enable_grad():
         # The mean times the batch size is the sum: no example's gradient depends on how many there are.
@@ -59,8 +59,8 @@ def useless_gradients(model: nn.Module, batch: Batch) -> int:
         if not loss.requires_grad:
             return len(batch)
         (grad,) = torch.autograd.grad(loss, x)
-    flat = grad.flatten(1)
-    return int(((flat == 0).all(1) | ~torch.isfinite(flat).all(1)).sum())
+    flat = grad.flatten(1).double()  # in which the squares of single precision's smallest numbers are not zero
+    return int(((flat.norm(dim=1) <= floor) | ~torch.isfinite(flat).all(1)).sum())
 
 
 def draw_seed(gen: Generator) -> int:

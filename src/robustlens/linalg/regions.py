@@ -1,18 +1,22 @@
 """The linear regions of a ReLU network: what its hidden units are at an image, and how they change with the image.
 
 Between the points where a unit h_j is 0 the network is affine. The image x sits in one such region; unit j ends it at
-the distance |h_j(x)| / ‖∇h_j(x)‖_q, with q the dual of the norm that distances are measured in.
+the distance |h_j(x)| / ‖∇h_j(x)‖_q, with q the dual of the norm that distances are measured in. Max-pooling ends it as
+well, where another entry of a window becomes the largest: there h_j is the entry less the largest.
 
-Where max-pooling switches is not counted. Take the network in eval mode: images must not see each other.
+Take the network in eval mode: images must not see each other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from robustlens.core.modes import evaluating
 from robustlens.linalg.frozen_convolutions import FrozenConvolutions
@@ -21,10 +25,13 @@ from robustlens.results.errors import InputError
 #: Modules whose kink at 0 bounds the linear regions.
 BENDS = (nn.ReLU, nn.LeakyReLU)
 
-#: How autograd calls the operations that have kinks; max-pooling is left out.
+#: The operations that they, and the functions of the same name, are made of.
+RELUS = ("relu", "relu_", "leaky_relu", "leaky_relu_")
+
+#: How autograd calls the operations that have kinks; max-pooling has its own.
 KINKS = ("Relu", "LeakyRelu", "PreluKernel", "Threshold", "Clamp", "Hardtanh", "Abs", "Maximum", "Minimum")
 
-#: Those of pooling, which switches where two inputs tie.
+#: Those of max-pooling, which switches where two inputs tie.
 POOLS = ("MaxPool", "AdaptiveMaxPool")
 
 #: The order q of the dual of each norm.
@@ -49,6 +56,55 @@ def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
         for hook in hooks:
             hook.remove()
     return seen, logits
+
+
+class Bends(NamedTuple):
+    """What is 0 where the network bends, (B, units) a layer: ``relus`` inputs of ReLUs, ``windows`` of max-pooling.
+
+    The latter are the entries of all windows less their largest, so never positive, −∞ in the padding.
+    """
+
+    relus: list[Tensor]
+    windows: list[Tensor]
+    logits: Tensor
+
+
+def bends(model: nn.Module, x: Tensor) -> Bends:
+    """The bends of ``model`` at images ``x`` (B, C, H, W) in one forward pass, those of functions as well."""
+    with _Watch() as watch:
+        logits = model(x)
+    return Bends(watch.relus, watch.windows, logits)
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the inputs of ReLUs and the windows of max-pooling, except for that with ``ceil_mode``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relus: list[Tensor] = []
+        self.windows: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in RELUS:
+            self.relus.append(args[0].clone().flatten(1))  # it may be overwritten
+        elif name == "max_pool2d":
+            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+            how = dict(zip(names, args[1:], strict=False)) | kwargs
+            if not how.pop("ceil_mode", False):
+                self.windows.append(_behind(args[0], how))
+        return func(*args, **kwargs)
+
+
+def _behind(a: Tensor, how: Mapping[str, Any]) -> Tensor:
+    """Every entry of the windows of ``a`` (B, C, H, W) less the largest of its window, flat."""
+    padding, size = how.get("padding", 0), how["kernel_size"]
+    ph, pw = (padding, padding) if isinstance(padding, int) else padding
+    padded = F.pad(a, (pw, pw, ph, ph), value=-torch.inf)
+    parts = F.unfold(padded, size, dilation=how.get("dilation", 1), stride=how.get("stride") or size)
+    parts = parts.view(*a.shape[:2], -1, parts.shape[-1])
+    return (parts - parts.gather(2, parts.detach().argmax(2, keepdim=True))).flatten(1)
 
 
 def require_relu_regions(model: nn.Module, x: Tensor, who: str) -> None:
@@ -132,10 +188,11 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int) -> list
     return [size.sqrt() if q == 2 else size for size in sizes]
 
 
-def pools(model: nn.Module, x: Tensor) -> bool:
-    """Whether ``model`` takes maxima over windows, which bend it where this module does not look."""
+def other_pools(model: nn.Module, x: Tensor) -> bool:
+    """Whether ``model`` takes maxima that ``bends`` does not see: adaptive, with indices, or with ``ceil_mode``."""
     with torch.enable_grad(), evaluating(model):
-        return any(_operations(model(x.detach().requires_grad_()), POOLS))
+        found = bends(model, x.detach().requires_grad_())
+    return sum(1 for _ in _operations(found.logits, POOLS)) > len(found.windows)
 
 
 def _operations(logits: Tensor, names: tuple[str, ...]) -> Iterator[str]:

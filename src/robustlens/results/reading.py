@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from numpy.typing import NDArray
+
 from robustlens.results.panels import Panel
 
 Status = Literal["ok", "unreliable", "failed"]
@@ -57,6 +59,8 @@ class Reading:
         quantities: the numbers, in the order to show them.
         headline: names of the quantities that belong in a summary table.
         panels: what to draw.
+        examples: name → one value an example, kept for comparisons and not drawn: "index" (n,) is its position in the
+            split, "clean" and "robust" (n,) say whether it was right before and after the attack.
     """
 
     lens: str
@@ -66,6 +70,7 @@ class Reading:
     headline: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    examples: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, name: str) -> Quantity:
         """The quantity called ``name``; KeyError lists the names there are."""

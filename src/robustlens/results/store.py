@@ -5,7 +5,7 @@ Layout of a run directory::
     run.json                     what was run (resolved configuration, hash) and where (provenance)
     metrics.jsonl                one line per epoch
     last.safetensors best.safetensors state.safetensors
-    readings/<lens>-<hash>/      reading.json and one parquet file per panel
+    readings/<lens>-<hash>/      reading.json, one parquet file per panel, and examples.parquet where they were kept
     lock                         held while a process works here
 """
 
@@ -162,6 +162,8 @@ class RunDirectory:
                 columns = panel.columns()
                 if columns:
                     pq.write_table(pa.table(dict(columns)), scratch / f"panel-{i}.parquet", compression="zstd")
+            if reading.examples:
+                pq.write_table(pa.table(dict(reading.examples)), scratch / "examples.parquet", compression="zstd")
             if path.exists():
                 shutil.rmtree(path)
             os.replace(scratch, path)
@@ -185,6 +187,8 @@ def read_reading(path: Path) -> Reading:
             file = path / f"panel-{i}.parquet"
             columns = pq.read_table(file).to_pydict() if file.is_file() else {}
             panels.append(PANELS[facts["kind"]].restore(facts["title"], facts, columns))
+        kept = path / "examples.parquet"
+        table = pq.read_table(kept) if kept.is_file() else pa.table({})
         return Reading(
             lens=record["lens"],
             says=record["says"],
@@ -193,6 +197,7 @@ def read_reading(path: Path) -> Reading:
             headline=tuple(record["headline"]),
             panels=tuple(panels),
             settings=record["settings"],
+            examples={name: table[name].to_numpy() for name in table.column_names},
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, pa.ArrowException) as error:
         raise InputError(

@@ -19,12 +19,16 @@ from robustlens.data.config import DataConfig
 from robustlens.data.embedded import EMBEDDED
 from robustlens.data.sources import open_source
 from robustlens.data.splitting import assemble, stratified_order
-from robustlens.models.adapter import check_model, load_weights
+from robustlens.lenses.standard import StandardAccuracy
+from robustlens.models.adapter import OneLogit, WithNormalizer, check_model, load_weights
+from robustlens.models.foreign import Program, as_module, is_foreign, open_foreign
+from robustlens.models.normalize import Normalized
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
 from robustlens.studies.plan import run_directory
+from robustlens.studies.robustbench import robustbench_record
 from robustlens.studies.run import SilentStudy, StudyWatch, examine, pick_device, provenance
 from robustlens.threats.lp import Lp
 
@@ -32,12 +36,13 @@ Arrays = tuple[Any, Any]
 
 
 def audit(
-    model: nn.Module,
+    model: Any,
     data: Splits | Arrays,
     *,
     threat: str | Lp,
     lenses: Sequence[Plugin] | None = None,
     depth: Depth = "quick",
+    standard: bool = False,
     label: str = "model",
     out: str | Path = "runs/audit",
     seed: int = 0,
@@ -47,12 +52,14 @@ def audit(
     """Look at ``model`` through ``lenses`` and return the run directory with the readings.
 
     Args:
-        model: maps images in [0, 1] (B, C, H, W) to logits (B, K); its normalization lives inside it.
+        model: maps images in [0, 1] (B, C, H, W) to logits (B, K); its normalization lives inside it. A
+            ``torch.nn.Module`` (scripted ones too) or a ``torch.export.ExportedProgram``.
         data: splits from ``load``, or (images, labels) to test on, as numpy arrays or tensors.
         threat: what robustness is measured against, such as "linf:8/255".
         lenses: names or settings of lenses; None takes all of them.
         depth: where all are taken: "quick" is minutes on a laptop, "full" has more examples, steps and directions
             (``estimate`` says how long it takes).
+        standard: also run AutoAttack-standard, which can be interrupted and resumed.
         label: names the model in tables and charts.
         out: where the run directory is made; it is addressed by the network (its layers, weights and answers to some
             test images), data, threat and seed.
@@ -62,17 +69,27 @@ def audit(
     """
     watch = watch or SilentStudy()
     chosen = lenses_at(depth) if lenses is None else tuple(discovery.build("lens", lens) for lens in lenses)
+    chosen = (*chosen, *([StandardAccuracy()] if standard else []))
+    model = as_module(model)
     subject = _subject(model, data, threat, device)
     with _modes_kept(model):
         return _looked(subject, chosen, label, Path(out), seed, watch)
 
 
 def estimate(
-    model: nn.Module, data: Splits | Arrays, *, threat: str | Lp, depth: Depth = "full", device: str = "auto"
+    model: Any,
+    data: Splits | Arrays,
+    *,
+    threat: str | Lp,
+    depth: Depth = "full",
+    standard: bool = False,
+    device: str = "auto",
 ) -> dict[str, float]:
     """Seconds that each lens will take in an ``audit`` on this machine, by the passes that it counts."""
+    model = as_module(model)
+    chosen = (*lenses_at(depth), *([StandardAccuracy()] if standard else []))
     with _modes_kept(model):
-        return expected_seconds(lenses_at(depth), _subject(model, data, threat, device))
+        return expected_seconds(chosen, _subject(model, data, threat, device))
 
 
 def _subject(model: nn.Module, data: Splits | Arrays, threat: str | Lp, device: str) -> Subject:
@@ -111,9 +128,22 @@ def _looked(
         directory.write_json("run.json", {**record, "provenance": provenance(splits, subject.device), "finished": True})
         for piece, lens in enumerate(chosen):
             watch.begin(piece, len(chosen), label, lens.name)
-            _, already = examine(lens, subject, directory, seed=seed, facts={})
+            _, already = examine(lens, subject, directory, seed=seed, facts={}, watch=watch)
             watch.done(label, lens.name, already=already)
+        if isinstance(subject.threat, Lp):
+            architecture = _architecture(model)
+            found = robustbench_record(
+                directory.readings(), dataset=splits.name, architecture=architecture, threat=subject.threat
+            )
+            directory.write_json("robustbench.json", found)
     return directory
+
+
+def _architecture(model: nn.Module) -> str:
+    """The name of the network's class, without what the library put around it."""
+    while isinstance(model, WithNormalizer | OneLogit | Program):
+        model = model.program if isinstance(model, Program) else model.model
+    return str(getattr(model, "original_name", type(model).__name__))
 
 
 def open_splits(source: str, *, examples: int | None = None) -> Splits:
@@ -131,25 +161,42 @@ def open_splits(source: str, *, examples: int | None = None) -> Splits:
 
 
 def open_model(
-    name: str, splits: Splits, *, weights: Path | None = None, mean: str | None = None, std: str | None = None
+    name: str,
+    splits: Splits,
+    *,
+    threat: str = "",
+    weights: Path | None = None,
+    mean: str | None = None,
+    std: str | None = None,
 ) -> nn.Module:
-    """The network that the command line names: ``pkg.module:callable``, or an architecture of the library.
+    """The network that the command line names.
 
     Args:
+        name: ``pkg.module:callable``, an architecture of the library, a TorchScript or ExportedProgram file,
+            ``timm:NAME`` or ``robustbench:ID``.
+        threat: chooses RobustBench's variant, together with the name of the data.
         weights: a safetensors file or a state dict; needed for an architecture of the library.
         mean, std: channel statistics as "0.49,0.48,0.45", to be put inside the model.
 
     Raises:
-        InputError: it cannot be imported or built, or the weights belong to another architecture.
+        InputError: it cannot be imported, opened or built, or the weights belong to another architecture.
     """
-    settings: dict[str, Any] = {"name": name}
+    constants: dict[str, Any] = {
+        key: _numbers(key, text) for key, text in (("mean", mean), ("std", std)) if text is not None
+    }
+    if is_foreign(name):
+        given = {"weights": weights, **({"mean": mean, "std": std} if ":" in name else {})}
+        for option, value in given.items():
+            if value is not None:
+                raise InputError(f"--{option}", expected=f"none beside {name}", got=str(value), fix="It has its own.")
+        foreign = open_foreign(name, data=splits.name, threat=threat)
+        normalize = Normalized(**constants).normalizer(splits.shape[0])
+        return WithNormalizer(normalize, foreign) if constants else foreign
+    settings: dict[str, Any] = {"name": name, **constants}
     if ":" in name:
-        settings = {"name": "external", "source": name, "weights": None if weights is None else str(weights)}
+        settings |= {"name": "external", "source": name, "weights": None if weights is None else str(weights)}
     elif weights is None:
         raise InputError(f"model {name}", expected="its weights", got="none", fix="Add --weights FILE.safetensors.")
-    for key, text in (("mean", mean), ("std", std)):
-        if text is not None:
-            settings[key] = _numbers(key, text)
     model: nn.Module = discovery.build("model", settings).build(splits.shape, len(splits.classes))
     if ":" not in name and weights is not None:
         load_weights(model, weights)

@@ -19,9 +19,14 @@ Depth = Literal["quick", "full"]
 
 
 def lenses_at(depth: Depth) -> tuple[Lens, ...]:
-    """Every lens: with its defaults for "quick", and for "full" as its ``thorough()`` has it, where it has one."""
+    """Every lens: with its defaults for "quick", and for "full" as its ``thorough()`` has it, where it has one.
+
+    A lens that says ``on_request = True`` is left out.
+    """
     found: list[Lens] = []
     for cls in discover("lens").values():
+        if getattr(cls, "on_request", False):
+            continue
         found.append(cls.thorough() if depth == "full" and hasattr(cls, "thorough") else cls())
     return tuple(found)
 

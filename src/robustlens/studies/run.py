@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,10 @@ import robustlens
 from robustlens.attacks.verify import evaluate
 from robustlens.core.discovery import build, describe
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Augmentation, Batch, Lens, Moment, Splits, Subject
+from robustlens.core.types import Augmentation, Batch, Lens, Moment, Resumable, Splits, Subject
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
+from robustlens.models.foreign import is_script
 from robustlens.results.errors import InputError, RobustlensError
 from robustlens.results.reading import Outcome, Reading
 from robustlens.results.store import RunDirectory, read_reading
@@ -36,6 +38,10 @@ class StudyWatch(Watch, Protocol):
 
     def done(self, label: str, what: str, *, already: bool) -> None: ...
 
+    def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
+        """An attack is through with ``done`` of its ``batches`` in a chunk of which ``standing`` examples stand."""
+        ...
+
 
 class SilentStudy(Silent):
     """Watches nothing."""
@@ -44,6 +50,9 @@ class SilentStudy(Silent):
         return None
 
     def done(self, label: str, what: str, *, already: bool) -> None:
+        return None
+
+    def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
         return None
 
 
@@ -92,7 +101,7 @@ def run_study(
                     already = examine_epochs(scheduled, subject, directory, run)
                 else:
                     facts = {"weights": study.weights}
-                    _, already = examine(scheduled.lens, subject, directory, seed=run.seed, facts=facts)
+                    _, already = examine(scheduled.lens, subject, directory, seed=run.seed, facts=facts, watch=watch)
                 watch.done(run.label, scheduled.name, already=already)
         directories.append(directory)
     return directories
@@ -203,9 +212,18 @@ def _data_of(record: Any, directory: RunDirectory) -> Any:
 
 
 def examine(
-    lens: Lens, subject: Subject, directory: RunDirectory, *, seed: int, facts: dict[str, Any]
+    lens: Lens,
+    subject: Subject,
+    directory: RunDirectory,
+    *,
+    seed: int,
+    facts: dict[str, Any],
+    watch: StudyWatch | None = None,
 ) -> tuple[Reading, bool]:
     """The reading of ``lens`` on ``subject``, and whether it was there already.
+
+    A lens that has ``look_resumably`` keeps its state in the run directory and goes on from there after an
+    interruption.
 
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
     others go on.
@@ -214,10 +232,23 @@ def examine(
     if path.is_dir() and (there := read_reading(path)).outcome.status != "failed":
         return there, True
     gen = generator(subject.device, seed, "lens", lens.name)
+    script = is_script(subject.model)
     try:
-        reading = lens.look(subject, gen=gen)
+        with warnings.catch_warnings():
+            if script:
+                warnings.simplefilter("ignore")  # PyTorch warns of copies of its scripts
+            if isinstance(lens, Resumable):
+                state, told = directory.path / "state" / path.name, (watch or SilentStudy()).attacked
+                reading = lens.look_resumably(subject, gen=gen, state=state, told=told)
+            else:
+                reading = lens.look(subject, gen=gen)
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
+    except RuntimeError as error:
+        if not script:
+            raise
+        why = f"PyTorch cannot do this with TorchScript ({str(error).strip().splitlines()[-1]}). Use torch.export."
+        reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(why), settings=describe(lens))
     directory.write_reading(path, reading)
     return reading, False
 
