@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import gen
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
 
-from robustlens.linalg.frozen_convolutions import FrozenConvolutions
+from robustlens.linalg.frozen_convolutions import FrozenConvolutions, quick_gradients
 
 
 def derivatives(layer: nn.Module, x: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,3 +79,34 @@ def test_weights_that_learn_keep_their_gradient() -> None:
         y = layer(x)
     y.sum().backward()
     assert layer.weight.grad is not None and bool(layer.weight.grad.any())
+
+
+class Watched(nn.Module):
+    """A network that tells which modes are on while it runs, and fails when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.modes, self.fails = nn.Conv2d(1, 2, 3), list[bool](), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(any(isinstance(mode, FrozenConvolutions) for mode in _get_current_function_mode_stack()))
+        if self.fails:
+            raise RuntimeError("fails")
+        return self.conv(x)
+
+
+def test_quick_gradients_are_on_in_passes_with_a_graph_alone_and_leave_no_hook() -> None:
+    model, x = Watched(), torch.rand(1, 1, 5, 5, generator=gen(1))
+    with quick_gradients(model):
+        model(x)
+        with torch.no_grad():
+            model(x)
+        model.fails = True
+        with pytest.raises(RuntimeError, match="fails"):
+            model(x)
+        assert not _get_current_function_mode_stack()
+    assert model.modes == [True, False, True]
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="fails"):
+        model(x)
+    assert model.modes[-1] is False

@@ -238,7 +238,7 @@ def test_every_query_is_in_the_threat_at_full_size_and_the_best_comes_back(norm:
     attack = Square(threat=threat, queries=150, restarts=2)
     found = attack.perturb(model, x, y, gen=gen(4))
     asked = torch.cat(model.asked)
-    assert len(model.asked) == len(asked) == attack.passes.forward == 1 + 2 * 151
+    assert 100 < len(asked) <= attack.passes.forward == 1 + 2 * 151
     sizes = threat.distance(asked[1:], x)
     assert torch.allclose(sizes, torch.full_like(sizes, threat.eps), rtol=1e-12, atol=0)
     if norm == "linf":
@@ -253,12 +253,25 @@ def test_every_query_is_in_the_threat_at_full_size_and_the_best_comes_back(norm:
 
 
 @every_norm
+def test_a_proposal_that_changes_nothing_asks_nothing(norm: str) -> None:
+    model, x = Witness(linear_pair(200.0)), pictures(1)
+    Square(threat=Lp(norm, BALLS[norm]), queries=200).perturb(model, x, torch.zeros(1, dtype=torch.int64), gen=gen(4))
+    margins = logit_margin(model.model(torch.cat(model.asked)), torch.zeros(len(model.asked), dtype=torch.int64))
+    best = 1
+    for query in range(2, len(model.asked)):
+        assert not torch.equal(model.asked[query], model.asked[best])
+        best = query if margins[query] < margins[best] else best
+    assert len(model.asked) < 202 or norm != "linf"
+
+
+@every_norm
 def test_float32_stays_inside_too(norm: str) -> None:
     model, x = Witness(linear_pair(200.0).float()), pictures(2).float()
     threat = Lp(norm, BALLS[norm], low=-5.0, high=5.0)
     Square(threat=threat, queries=300).perturb(model, x, torch.zeros(2, dtype=torch.int64), gen=gen())
-    asked = torch.stack(model.asked)
-    sizes = torch.stack([threat.distance(z, x) for z in asked[1:]])
+    both = [z for z in model.asked[1:] if len(z) == 2]
+    assert len(both) > 50
+    sizes = torch.stack([threat.distance(z, x) for z in both])
     assert sizes.max() <= threat.eps * (1 + 1e-6) and sizes.min() >= threat.eps * (1 - 1e-5)
 
 
@@ -296,12 +309,12 @@ def test_fallen_images_leave_and_wrong_ones_stay_as_they_are() -> None:
     attack = Square(threat=Lp("linf", 0.03), queries=60)
     found = attack.perturb(model, x, y, gen=gen())
     sizes = [len(z) for z in model.asked]
-    assert sizes[:2] == [40, 30] and sorted(sizes, reverse=True) == sizes
+    assert sizes[:2] == [40, 30] and max(sizes[2:]) < 30
     assert torch.equal(found[::4], x[::4])
     wrong = logit_margin(model.model(found), y) <= 0
-    assert 10 < wrong.sum() < 40 and sizes[-1] <= 40 - int(wrong.sum()) + 10
+    assert 10 < wrong.sum() < 40 and sizes[-1] <= 40 - int(wrong.sum())
     wrong_soon = logit_margin(model.model(model.asked[1]), y[torch.arange(40) % 4 > 0]) <= 0
-    assert sizes[2] == 30 - int(wrong_soon.sum()), "those that fell to the stripes are asked nothing more"
+    assert sizes[2] <= 30 - int(wrong_soon.sum()), "those that fell to the stripes are asked nothing more"
 
 
 @every_norm

@@ -36,7 +36,8 @@ class Square:
 
     ‖ν‖ is eps up to what the box cuts off. Images that are wrong leave the batch, looked for after each of the first
     ten queries and then after every tenth, which spares an accelerator the waiting; those wrong at x come back as they
-    are. Forward passes only: 1 + ``restarts`` × (1 + ``queries``) of them, fewer for images that fall.
+    are. Forward passes only: at most 1 + ``restarts`` × (1 + ``queries``) of them. A proposal that changes nothing (in
+    ℓ∞ about every other one for gray images) asks the model nothing.
 
     Windows, signs and the orientation of η are drawn for each image, as the paper has it; the authors' code shares the
     window and the orientation in a batch, and its windows never reach the last row and column. As in that code, p is
@@ -134,10 +135,13 @@ class Square:
                     if len(alive) == 0:
                         break
             proposal = proposals.propose(point, self.window(query, *shape[1:]), gen)
-            reached = logit_margin(model(proposal.view(len(y), *shape)), y)
-            better = reached < margin
-            point = torch.where(better[:, None, None], proposal, point)
-            margin = torch.where(better, reached, margin)
+            rows = (proposal != point).flatten(1).any(1).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            asked = proposal[rows]
+            reached = logit_margin(model(asked.view(len(rows), *shape)), y[rows])
+            better = reached < margin[rows]
+            point[rows[better]], margin[rows[better]] = asked[better], reached[better]
         found[alive], lowest[alive] = point, margin
         return found.view_as(x), lowest
 

@@ -6,9 +6,7 @@ fresh forward pass in eval mode.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +14,7 @@ from torch import Generator, Tensor, nn
 from robustlens.core.criterion import logit_margin
 from robustlens.core.modes import CraftMode, Precision, precision, untouched
 from robustlens.core.types import Attack, Batch
-from robustlens.linalg.frozen_convolutions import FrozenConvolutions
+from robustlens.linalg.frozen_convolutions import quick_gradients
 from robustlens.results.errors import RobustlensError
 
 #: Rounding that a re-projected point may show, relative to eps (float32 norms over thousands of pixels).
@@ -61,7 +59,7 @@ def craft(
     """
     if attack.threat.eps == 0 or len(x) == 0:
         return x
-    with untouched(model, mode=mode), precision(precise, x.device), _quick(model):
+    with untouched(model, mode=mode), precision(precise, x.device), quick_gradients(model):
         x_adv = attack.perturb(model, x, y, gen=gen)
     return _checked(attack, x_adv, x)
 
@@ -80,11 +78,6 @@ def evaluate(attack: Attack, model: nn.Module, batch: Batch, *, gen: Generator) 
     clean_correct = logit_margin(clean_logits, y) > 0
     robust = clean_correct & (logit_margin(logits, y) > 0)
     return Attacked(x_adv, attack.threat.distance(x_adv, x), clean_logits, logits, clean_correct, robust)
-
-
-def _quick(model: nn.Module) -> AbstractContextManager[Any]:
-    """Weights do not learn while an attack runs."""
-    return FrozenConvolutions() if any(isinstance(m, nn.Conv2d) for m in model.modules()) else nullcontext()
 
 
 @torch.no_grad()

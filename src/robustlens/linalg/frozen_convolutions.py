@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, fold
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +31,33 @@ class FrozenConvolutions(TorchFunctionMode):
             if not isinstance(convolution.padding, str) and not any(p is not None and p.requires_grad for p in parts):
                 return _Convolution.apply(*convolution)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def quick_gradients(model: nn.Module) -> Iterator[None]:
+    """Every forward pass of ``model`` inside that builds a graph has ``FrozenConvolutions``.
+
+    The mode is on during those passes alone, because it slows down every operation a little.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        yield
+        return
+    on: list[ExitStack] = []
+
+    def begin(*_: Any) -> None:
+        on.append(ExitStack())
+        if torch.is_grad_enabled():
+            on[-1].enter_context(FrozenConvolutions())
+
+    def end(*_: Any) -> None:
+        on.pop().close()
+
+    handles = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Arguments(NamedTuple):
