@@ -22,7 +22,7 @@ from benchmarks.variants import allow_tf32
 from benchmarks.workload import STANDARD, WORKLOADS, Plan
 from robustlens.studies.run import pick_device
 
-NAMES = ("crafting", "step", "methods", "lenses", "bf16", "memory", "peers", "variants")
+NAMES = ("crafting", "step", "methods", "lenses", "bf16", "memory", "peers", "smallest", "variants")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ def test_the_study_in_the_readme_is_the_file() -> None:
     assert tomllib.loads(text) == tomllib.loads((ROOT / "docs/study.toml").read_text())
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/write-a-plugin.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/write-a-plugin.md", "docs/evaluation.md"])
 def test_python_examples_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")

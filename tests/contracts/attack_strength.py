@@ -202,7 +202,7 @@ WEAK = {
 #: Searches for the smallest change. All begin at the image.
 SMALLEST = {"superdeepfool", "fmn", "deepfool", "ddn", "carlini-wagner"}
 
-SPARSE = "steps along the largest slopes alone: stands still where the box stops those one or two of nine pixels"
+SPARSE = "changes a fifth of the pixels at once, which is one of nine, in steps of a tenth of the radius at least"
 
 #: Contract → attack, or attack and norm → why it does not apply.
 EXEMPT: dict[Contract, dict[str, str]] = {
@@ -212,9 +212,6 @@ EXEMPT: dict[Contract, dict[str, str]] = {
     reaches_the_worst_case_of_an_affine_network: {
         **dict.fromkeys(SMALLEST, "where nothing wrong lies within the radius there is nothing it looks for"),
         "fab": "a search for the smallest change, cut off at the radius",
-    },
-    more_restarts_are_never_worse: {
-        "fab": "bisects once, the segment to the nearest point of all runs: that to another run's may end nearer"
     },
     a_flat_spot_does_not_hold_it: {
         **dict.fromkeys(SMALLEST, "begins at the image, where a flat network has no slope"),

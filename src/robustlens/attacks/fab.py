@@ -37,15 +37,16 @@ class FAB:
     ``targets`` = m gives FAB-T: k is the class with the highest logit at x among the wrong ones, in a second run the
     one with the second highest, and so on; one backward pass a step instead of one for each rival.
 
-    Of all wrong z the nearest is kept. An image leaves once it is broken within eps. Of one that is broken at a larger
-    distance the segment to x is bisected at the end, in the place of the paper's final search. Where nothing wrong was
+    Of all wrong z the nearest is kept. An image leaves once it is broken within eps; at the end of a run it is also
+    tried at the nearest point of the threat. Of one that is broken at a larger distance the segment to x is bisected
+    in the end, in the place of the paper's final search. Where nothing wrong was
     met, the last z comes back; the choke point sees that it is right. An image that is wrong already stays as it is.
 
     The paper has π at v. It is at z here: one forward pass then tells whether z is wrong and linearises the boundary,
     next to z instead of a step back from it. Where the network is affine between z and v, both are the same plane.
 
-    Costs at most ``steps`` input passes (9 ``steps``, untargeted) and a forward pass for each target and restart, and
-    ``bisections`` forward passes.
+    Costs at most ``steps`` input passes (9 ``steps``, untargeted) and two forward passes for each target and restart,
+    and ``bisections`` forward passes.
 
     Attributes:
         threat: norm, radius and box.
@@ -100,7 +101,10 @@ class FAB:
     def passes(self) -> Passes:
         runs = self.restarts * (self.targets or 1)
         backward = self.restarts * (self.targets or RIVALS)
-        return Passes(inputs=self.steps * backward, forward=runs + (self.targets is not None) + self.bisections)
+        return Passes(
+            inputs=self.steps * backward,
+            forward=(1 if self.minimal else 2) * runs + (self.targets is not None) + self.bisections,
+        )
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         threat = self.threat
@@ -117,6 +121,8 @@ class FAB:
                     start = _around(threat, origin, known.clamp_max(threat.eps) / 2, gen)
                 towards = None if target is None else target[todo]
                 point, size = self._search(threat, model, start, origin, y[todo], towards)
+                if not self.minimal:
+                    point, size = _drawn_in(threat, model, point, origin, y[todo], size)
                 better = (size < known) | known.isinf()
                 nearest[todo[better]], smallest[todo[better]] = point[better], size[better]
         far = (smallest.isfinite() & (smallest > self._enough)).nonzero()[:, 0]
@@ -173,6 +179,14 @@ class FAB:
         alpha = (size[0] / size.sum(0).clamp_min(torch.finfo(z.dtype).tiny)).clamp_max(self.alpha_max)
         near, drawn = (ends + self.eta * delta).unbind()
         return torch.lerp(near, drawn, alpha[:, None]).clamp_(threat.low, threat.high).view_as(z)
+
+
+def _drawn_in(threat: Lp, model: nn.Module, z: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest allowed point to ``z`` and its distance where the model is wrong there, else ``z`` and ``size``."""
+    with torch.no_grad():
+        inside = threat.project(z, x)
+        wrong = logit_margin(model(inside), y) <= 0
+    return torch.where(wrong[:, None, None, None], inside, z), torch.where(wrong, threat.distance(inside, x), size)
 
 
 def _plane(threat: Lp, model: nn.Module, z: Tensor, y: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

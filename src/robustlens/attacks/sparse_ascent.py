@@ -48,6 +48,8 @@ def _stage(
 ) -> Climbed:
     """x_{k+1} = Π(x_k + η s / ‖s‖₁), s the sign of the gradient's largest components, η = eps at first.
 
+    Components that the box stops do not count; in the reference they do, and waste the step.
+
     At checkpoints: where the best change has become at least 5 % sparser η is eps again and the ascent goes back to
     the best point; elsewhere η shrinks.
     """
@@ -66,7 +68,8 @@ def _stage(
         if len(here) == 0:
             return result
         with torch.no_grad():
-            sign = _largest(here.grad, share).sign()
+            room = torch.where(here.grad > 0, here.point < ball.high, here.point > ball.low)
+            sign = _largest(here.grad * room, share).sign()
             long = sign.flatten(1).abs().sum(1).clamp_min(1)
             here.point = ball.project(here.point + (here.step / long).view(-1, 1, 1, 1) * sign, here.x)
         value, grad, wrong = look(model, here.point, here.labels, height, gradient=number + 1 < steps)

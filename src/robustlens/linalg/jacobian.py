@@ -70,7 +70,7 @@ def jvp(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
 def vjp(model: nn.Module, x: Tensor, u: Tensor) -> Tensor:
     """Jᵀu (B, C, H, W) at images ``x`` for directions ``u`` (B, K)."""
     point = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), FrozenConvolutions():
         logits = model(point)
     return torch.autograd.grad(logits, point, u)[0]
 
@@ -156,7 +156,7 @@ def jacobian_rows(model: nn.Module, x: Tensor) -> Tensor:
     the batched passes). It also holds K times less, and needs no batching rule of any layer.
     """
     point = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), FrozenConvolutions():
         logits = model(point)
     classes = logits.shape[1]
     axes = torch.eye(classes, dtype=logits.dtype, device=logits.device)
