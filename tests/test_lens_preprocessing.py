@@ -238,3 +238,12 @@ def test_published_networks_are_honest() -> None:
 def test_too_few_images_to_say_anything() -> None:
     reading = look(trained(), lambda x: x / 255, n_examples=1)
     assert reading["findings"].value == 0 and reading.outcome.status == "ok"
+
+
+def test_images_of_any_number_of_channels() -> None:
+    """Usual statistics are known for one and for three channels; others are tried without them."""
+    split = Split(torch.rand(20, 2, 4, 4, generator=gen()), torch.arange(20) % 3)
+    model = fresh(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 3)))
+    splits = Splits("two channels", split.first(0), split.first(0), split, ("a", "b", "c"))
+    reading = Preprocessing().look(Subject(model, splits, Lp("l2", 0.5)), gen=gen())
+    assert reading.outcome.status == "ok" and "gain from normalising" in {q.name for q in reading.quantities}

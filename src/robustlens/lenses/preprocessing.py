@@ -19,6 +19,7 @@ from robustlens.core.passes import Passes
 from robustlens.core.types import Split, Subject
 from robustlens.lenses.oracle import Oracle, linear_subject, two_sided_subject
 from robustlens.lenses.passes import count, sample
+from robustlens.results.errors import require_at_least
 from robustlens.results.intervals import wilson
 from robustlens.results.paired import Paired
 from robustlens.results.panels import Table
@@ -129,6 +130,9 @@ class Preprocessing:
         least: how much more must be right, as a share of the images. Honest networks gain too where they were trained
             briefly: up to 10 points were seen on digits from another contrast.
         batch_size: images of a forward pass.
+
+    Raises:
+        InputError: no images, or none in a batch.
     """
 
     name: ClassVar[str] = "preprocessing"
@@ -138,6 +142,9 @@ class Preprocessing:
     alpha: float = 1e-3
     least: float = 0.15
     batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        require_at_least(self, n_examples=1, batch_size=1)
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -238,7 +245,7 @@ def _tries(x: Tensor) -> list[Try]:
     """Every change of images like ``x`` (N, C, H, W)."""
     channels = x.shape[1]
     own = tuple(x.mean((0, 2, 3)).tolist()), tuple(x.std((0, 2, 3), correction=0).tolist())
-    known: dict[str, Statistics] = {**USUAL[channels], "½ and ½": ((0.5,), (0.5,)), "the images' own": own}
+    known: dict[str, Statistics] = {**USUAL.get(channels, {}), "½ and ½": ((0.5,), (0.5,)), "the images' own": own}
     found = [Try("pixels to 255", "pixels from 0 to 255", lambda part: 255 * part, WIDE)]
     for name, (mean, std) in known.items():
         m, s = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (mean, std))
