@@ -63,7 +63,7 @@ class Network:
 NETWORKS = {
     "MNIST, standard, ℓ∞": Network("linf:0.1"),
     "MNIST, standard, ℓ2": Network("l2:1.5"),
-    "MNIST, PGD ℓ∞": Network("linf:0.2", objective=pgd("linf:0.2")),
+    "MNIST, PGD ℓ∞": Network("linf:0.1", objective=pgd("linf:0.1")),
     "MNIST, PGD ℓ2": Network("l2:1.5", objective=pgd("l2:1.5")),
     "CIFAR-10, PGD ℓ∞": Network("linf:4/255", "cifar10", "convnet", pgd("linf:4/255"), 6),
 }

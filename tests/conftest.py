@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
+import robustlens.cli
 from robustlens.core.types import Batch, Crafted, Terms
 
 torch.set_num_threads(1)
@@ -129,3 +132,18 @@ def grads(model: nn.Module) -> list[Tensor]:
 
 def close(a: list[Tensor], b: list[Tensor], tol: float = 1e-10) -> bool:
     return len(a) == len(b) > 0 and all(torch.allclose(p, q, rtol=tol, atol=tol) for p, q in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The entry point with arguments: exit code, output, errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["robustlens", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            robustlens.cli.main()
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return run

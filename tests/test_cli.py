@@ -30,21 +30,6 @@ SMALL = ["--set", "data.train=40", "--set", "data.valid=10", "--set", "data.test
 TRAIN = ["train", "--data", "digits", "--model", "mlp", "--method", "standard", "--epochs", "1", *SMALL]
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The entry point with arguments: exit code, output, errors."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robustlens", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            robustlens.cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
-
-
 def refuse(call: Call, words: str, *arguments: str | Path, code: int = 2) -> str:
     got, _, err = call(*arguments)
     assert got == code, err

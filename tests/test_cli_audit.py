@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,22 +23,12 @@ from robustlens.results.store import find_runs
 Call = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The entry point with arguments: exit code, output, errors; audits look through two lenses."""
+@pytest.fixture(autouse=True)
+def two_lenses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audits look through two lenses, on a wide screen."""
     few = {name: lens for name, lens in discover("lens").items() if name in ("accuracy", "preprocessing")}
     monkeypatch.setattr("robustlens.studies.depth.discover", lambda kind: few)
     monkeypatch.setattr(robustlens.cli.console, "width", 200)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robustlens", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            robustlens.cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
 from robustlens.core.types import Attack, Batch, Split, Subject, Threat
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, count, sample, useless_gradients
+from robustlens.lenses.passes import batches, count, require_split, sample, useless_gradients
 from robustlens.lenses.pictures import class_name, compared
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import wilson
@@ -92,10 +92,7 @@ class Accuracy:
             raise InputError(
                 "accuracy radii", expected="numbers ≥ 0", got=str(self.radii), fix="Leave them out for quarters of eps."
             )
-        if self.split not in ("train", "valid", "test"):
-            raise InputError(
-                "accuracy split", expected="train, valid or test", got=repr(self.split), fix="Choose one of them."
-            )
+        require_split(self)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -27,8 +27,8 @@ from robustlens.lenses.health_attacks import (
 )
 from robustlens.lenses.health_gradients import PIECES, Way, gradients, in_company, same_answer, surface
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, count, logits, sample
-from robustlens.results.errors import InputError, require_at_least
+from robustlens.lenses.passes import batches, count, logits, require_split, sample
+from robustlens.results.errors import require_at_least
 from robustlens.results.panels import Curve, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
@@ -97,10 +97,7 @@ class Health:
 
     def __post_init__(self) -> None:
         require_at_least(self, times=1, restarts=1, queries=1, imitated=2, batch_size=1)
-        if self.split not in ("train", "valid", "test"):
-            raise InputError(
-                "health split", expected="train, valid or test", got=repr(self.split), fix="Choose one of them."
-            )
+        require_split(self)
 
     @classmethod
     def examples(cls) -> list[Self]:

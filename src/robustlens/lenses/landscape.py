@@ -21,7 +21,7 @@ from robustlens.core.types import Attack, Split, Subject
 from robustlens.lenses.curve_shape import fitted, resampled, widths
 from robustlens.lenses.displaced import Displaced, Statistics
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import count, draw_seed, sample
+from robustlens.lenses.passes import count, draw_seed, require_split, sample
 from robustlens.linalg.directions import (
     Weights,
     cosine,
@@ -133,10 +133,7 @@ class WeightLandscape:
                 fix="Raise it, or add smaller alphas.",
             )
         require_at_least(self, directions=1, draws=1, ascent_steps=1, plane=2)
-        if self.split not in ("train", "valid", "test"):
-            raise InputError(
-                "weight-landscape split", expected="train, valid or test", got=repr(self.split), fix="Choose one."
-            )
+        require_split(self)
 
     @classmethod
     def examples(cls) -> list[Self]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -27,6 +28,14 @@ def sample(split: Split, n: int | None) -> Tensor:
     if n is None or n >= len(split):
         return torch.arange(len(split))
     return torch.randperm(len(split), generator=Generator().manual_seed(0))[:n]
+
+
+def require_split(lens: Any) -> None:
+    """Refuse a lens whose field ``split`` names none."""
+    if lens.split not in ("train", "valid", "test"):
+        raise InputError(
+            f"{lens.name} split", expected="train, valid or test", got=repr(lens.split), fix="Choose one of them."
+        )
 
 
 def count(split: Split, n: int | None) -> int:

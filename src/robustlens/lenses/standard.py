@@ -17,8 +17,8 @@ from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.types import Split, Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
-from robustlens.lenses.passes import batches, count, draw_seed, sample
-from robustlens.results.errors import InputError, require_at_least
+from robustlens.lenses.passes import batches, count, draw_seed, require_split, sample
+from robustlens.results.errors import require_at_least
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -62,10 +62,7 @@ class StandardAccuracy:
 
     def __post_init__(self) -> None:
         require_at_least(self, batch_size=1, chunk=1)
-        if self.split not in ("train", "valid", "test"):
-            raise InputError(
-                "standard-accuracy split", expected="train, valid or test", got=repr(self.split), fix="Choose one."
-            )
+        require_split(self)
 
     @classmethod
     def examples(cls) -> list[Self]:
