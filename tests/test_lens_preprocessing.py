@@ -109,7 +109,7 @@ def test_pixels_of_another_convention(before: Callable[[Tensor], Tensor], name: 
     """The network inside is honest, so undoing ``before`` gives all of its accuracy back."""
     reading = look(trained(), before)
     assert reading.outcome.status == "unreliable" and words in reading.outcome.why, reading.outcome.why
-    assert reading["findings"].value == 1
+    assert reading["signs of misuse"].value == 1
     regained = reading["clean accuracy"].value + reading[name].value
     assert regained == pytest.approx(look(trained())["clean accuracy"].value, abs=0.03)
 
@@ -142,7 +142,7 @@ def test_labels_that_are_shifted_or_sorted_as_text() -> None:
 
 def test_two_mistakes_at_once_are_both_told() -> None:
     reading = look(nn.Sequential(trained(), nn.Softmax(1)), lambda x: x / 255)
-    assert reading["findings"].value == 2
+    assert reading["signs of misuse"].value == 2
     assert "0 to 255" in reading.outcome.why and "remove the last softmax" in reading.outcome.why
 
 
@@ -176,7 +176,7 @@ def test_training_mode() -> None:
 
     counting = Counting()
     reading = look(nn.Sequential(counting, trained()))
-    assert "changes the network's buffers" in reading.outcome.why and reading["findings"].value == 1
+    assert "changes the network's buffers" in reading.outcome.why and reading["signs of misuse"].value == 1
     assert counting.passes == 0, "left as it was"
 
 
@@ -237,7 +237,7 @@ def test_published_networks_are_honest() -> None:
 
 def test_too_few_images_to_say_anything() -> None:
     reading = look(trained(), lambda x: x / 255, n_examples=1)
-    assert reading["findings"].value == 0 and reading.outcome.status == "ok"
+    assert reading["signs of misuse"].value == 0 and reading.outcome.status == "ok"
 
 
 def test_images_of_any_number_of_channels() -> None:

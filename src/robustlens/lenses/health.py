@@ -168,7 +168,7 @@ class Health:
             says=_sentence(len(judged), before[1].value, after.value, len(found), len(alarms)),
             outcome=Outcome.unreliable(" ".join(alarms)) if alarms else Outcome(),
             quantities=(*before, after, *(q for finding in found for q in finding.quantities)),
-            headline=("robust accuracy", "robust accuracy after all checks"),
+            headline=("robust accuracy after all checks",),
             panels=(_table(found), *_curves(judged, left, way)),
             settings=settings,
         )

@@ -164,9 +164,17 @@ class Preprocessing:
         def threshold(at: float, split: Split) -> Subject:
             return linear_subject(weight, torch.tensor([0.0, -4 * at]), train=split, test=split)
 
-        right = {"findings": (0.0, 0.0), "clean accuracy": (63 / 64, 0.0), "gain from other labels": (0.0, 0.0)}
-        wide = {"findings": (1.0, 0.0), "clean accuracy": (1 / 2, 0.0), "gain from pixels to 255": (31 / 64, 0.0)}
-        exchanged = {"findings": (1.0, 0.0), "clean accuracy": (1 / 64, 0.0), "gain from other labels": (62 / 64, 0.0)}
+        right = {"signs of misuse": (0.0, 0.0), "clean accuracy": (63 / 64, 0.0), "gain from other labels": (0.0, 0.0)}
+        wide = {
+            "signs of misuse": (1.0, 0.0),
+            "clean accuracy": (1 / 2, 0.0),
+            "gain from pixels to 255": (31 / 64, 0.0),
+        }
+        exchanged = {
+            "signs of misuse": (1.0, 0.0),
+            "clean accuracy": (1 / 64, 0.0),
+            "gain from other labels": (62 / 64, 0.0),
+        }
         return [
             Oracle(threshold(0.5, test), cls(), right),
             Oracle(threshold(127.5, test), cls(), wide),
@@ -206,7 +214,7 @@ class Preprocessing:
         findings += [fact.trouble for fact in facts if fact.value > fact.most]
         best = {e.kind: e for e in sorted(tried, key=lambda e: e.paired.difference)}
         quantities = [
-            Quantity("findings", len(findings), n=n, nature="exact"),
+            Quantity("signs of misuse", len(findings), n=n, nature="exact"),
             Quantity("clean accuracy", right / n, "fraction", *wilson(right, n), n),
             *(
                 Quantity(f"gain from {kind}", e.paired.difference, "fraction", *e.paired.interval(), e.paired.n)
@@ -223,7 +231,7 @@ class Preprocessing:
             says=says,
             outcome=Outcome.unreliable(" ".join(findings)) if findings else Outcome(),
             quantities=tuple(quantities),
-            headline=("findings",),
+            headline=("signs of misuse",),
             panels=(self._table(tried), _facts(facts)),
             settings=describe(self),
         )
