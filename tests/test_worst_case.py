@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import gen
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from robustlens.attacks.ensemble import AutoAttackStandard
 from robustlens.attacks.fgsm import FGSM
@@ -168,3 +168,28 @@ def test_tensors_of_a_chunk_are_not_held(net: nn.Module, stream: list[Batch]) ->
 
     worst_case(LINE_UP[:1], net, chunks(), seed=0, told=told)  # type: ignore[arg-type]
     assert order == ["asked 0", "worked 0", "asked 1", "worked 1", "asked 2", "worked 2"]
+
+
+class Viewing(nn.Module):
+    """A linear network that views images flat, which torch refuses for a batch of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.view(x.shape[0], -1))
+
+
+def test_nothing_is_asked_once_nothing_stands(stream: list[Batch], tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Viewing()
+    with torch.no_grad():
+        stream = [Batch(batch.x, net(batch.x).argmax(1), batch.index) for batch in stream]
+    whole = Lp("linf", 1.0)
+    attacks = (LinearExact(threat=whole), PGD(threat=whole, steps=2), FGSM(threat=whole))
+    heard: list[object] = []
+    for _ in range(2):
+        found = worst_case(attacks, net, stream, seed=0, state=tmp_path, told=lambda *what: heard.append(what[1]))
+        assert (found.broken_by == 0).all() and heard == ["linear-exact"] * 3

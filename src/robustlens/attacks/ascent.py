@@ -118,7 +118,7 @@ def momentum_ascent(
         with torch.no_grad():
             move = here.point - here.previous
             here.previous = here.point
-            u = threat.project(here.point + _each(here.step, x) * threat.ascend(here.grad), here.x)
+            u = threat.project(here.point + here.step[:, None, None, None] * threat.ascend(here.grad), here.x)
             if number > 0:
                 u = threat.project(here.point + MOMENTUM * (u - here.point) + (1 - MOMENTUM) * move, here.x)
             here.point = u
@@ -153,7 +153,7 @@ def record(here: Climbers, value: Tensor, grad: Tensor) -> None:
     here.rises = here.rises + (value > here.value)
     here.value, here.grad = value, grad
     higher = value > here.best_value
-    mask = _each(higher, here.x)
+    mask = higher[:, None, None, None]
     here.best = torch.where(mask, here.point, here.best)
     here.best_grad = torch.where(mask, grad, here.best_grad)
     here.best_value = torch.where(higher, value, here.best_value)
@@ -165,11 +165,6 @@ def _checkpoint(here: Climbers, gap: int) -> None:
     here.best_before = here.best_value
     here.rises = torch.zeros_like(here.rises)
     here.step = torch.where(here.halved, here.step / 2, here.step)
-    back = _each(here.halved, here.x)
+    back = here.halved[:, None, None, None]
     here.point = torch.where(back, here.best, here.point)
     here.grad = torch.where(back, here.best_grad, here.grad)
-
-
-def _each(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) → (B, 1, 1, 1)."""
-    return values.view(-1, *[1] * (x.ndim - 1))

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.attacks.ascent import Climbed, Climbers, Height, climbers, look, record
+from robustlens.attacks.smallest import movable
 from robustlens.threats.lp import Lp
 
 #: Radii of the three stages in multiples of eps, and the share of the steps that the first two get.
@@ -68,8 +69,7 @@ def _stage(
         if len(here) == 0:
             return result
         with torch.no_grad():
-            room = torch.where(here.grad > 0, here.point < ball.high, here.point > ball.low)
-            sign = _largest(here.grad * room, share).sign()
+            sign = _largest(movable(ball, here.point, here.grad), share).sign()
             long = sign.flatten(1).abs().sum(1).clamp_min(1)
             here.point = ball.project(here.point + (here.step / long).view(-1, 1, 1, 1) * sign, here.x)
         value, grad, wrong = look(model, here.point, here.labels, height, gradient=number + 1 < steps)

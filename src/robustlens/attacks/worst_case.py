@@ -148,6 +148,8 @@ class _Chunk:
             attack = attacks[position]
             # Those that this attack itself broke before a restart stood when it began: its batches stay the same.
             standing = ((self.broken_by == STANDS) | (self.broken_by == position)).nonzero()[:, 0]
+            if len(standing) == 0:
+                break
             parts = torch.split(standing, batch_size)
             for number, rows in enumerate(parts):
                 if number < self.done:
