@@ -134,11 +134,9 @@ class Square:
                     proposals.keep(standing)
                     if len(alive) == 0:
                         break
-            proposal = proposals.propose(point, self.window(query, *shape[1:]), gen)
-            rows = (proposal != point).flatten(1).any(1).nonzero()[:, 0]
+            rows, asked = proposals.propose(point, self.window(query, *shape[1:]), gen)
             if len(rows) == 0:
                 continue
-            asked = proposal[rows]
             reached = logit_margin(model(asked.view(len(rows), *shape)), y[rows])
             better = reached < margin[rows]
             point[rows[better]], margin[rows[better]] = asked[better], reached[better]
@@ -162,11 +160,13 @@ class _Corners:
         up = _coins((n, channels, self.size[1]), self.lower, gen).repeat(1, 1, self.size[0])
         return torch.where(up, self.upper, self.lower)
 
-    def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> Tensor:
+    def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> tuple[Tensor, Tensor]:
+        """Which rows (A,) change, and to what (A, C, H · W)."""
         inside = _windows(point, self.size, window, gen)
         up = _coins((*point.shape[:2], 1), point, gen)
         corner = torch.where(up, self.upper.gather(2, inside), self.lower.gather(2, inside))
-        return point.scatter(2, inside, corner)
+        rows = (corner != point.gather(2, inside)).flatten(1).any(1).nonzero()[:, 0]
+        return rows, point[rows].scatter_(2, inside[rows], corner[rows])
 
 
 class _Hills:
@@ -195,7 +195,8 @@ class _Hills:
         change = self.eps * self._unit(change)
         return (self.origin + change.view_as(self.origin)).clamp_(self.low, self.high)
 
-    def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> Tensor:
+    def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> tuple[Tensor, Tensor]:
+        """Which rows (A,) change, and to what (A, C, H · W)."""
         if window != self.window:
             self.window, self.shapes = window, hills(*window, self.p).to(point).flatten(1)
         first, second = (_windows(point, self.size, window, gen) for _ in range(2))
@@ -208,7 +209,9 @@ class _Hills:
         available = self._power(change) + self._power(cleared.gather(2, second) - there)
         available = (available + unused[:, :, None] / point.shape[1]).clamp_min_(0) ** (1 / self.p)
         change = available * self._unit(hill + self._unit(change))
-        return cleared.scatter_(2, second, there).scatter_(2, first, (here + change).clamp_(self.low, self.high))
+        asked = cleared.scatter_(2, second, there).scatter_(2, first, (here + change).clamp_(self.low, self.high))
+        rows = (asked != point).flatten(1).any(1).nonzero()[:, 0]
+        return (rows, asked) if len(rows) == len(point) else (rows, asked[rows])
 
     def _power(self, change: Tensor) -> Tensor:
         """‖change‖_p^p along the last dimension, which is kept."""
