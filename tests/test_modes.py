@@ -235,6 +235,13 @@ def test_channels_last_inside_and_the_same_weights_after() -> None:
     assert weight.is_contiguous() and torch.equal(model(x), before)
 
 
+def test_activations_of_gray_images_are_channels_last_too() -> None:
+    x, model = torch.rand(2, 1, 8, 8, generator=gen()), nn.Conv2d(1, 4, 3)
+    with channels_last(model, x):
+        found = model(x)
+    assert found.is_contiguous(memory_format=torch.channels_last) and not found.is_contiguous()
+
+
 def test_a_network_that_cannot_is_left_alone() -> None:
     x, model = torch.rand(2, 3, 8, 8, generator=gen()), Flat()
     before = model(x)

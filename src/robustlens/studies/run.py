@@ -17,6 +17,7 @@ from torch import nn
 import robustlens
 from robustlens.attacks.verify import evaluate
 from robustlens.core.discovery import build, describe
+from robustlens.core.modes import lay_channels_last
 from robustlens.core.rng import derive, generator
 from robustlens.core.types import Augmentation, Batch, Lens, Moment, Resumable, Splits, Subject
 from robustlens.data.sources import load
@@ -156,7 +157,7 @@ def trained(
     elif run.start is not None:
         load_weights(model, run.start)
     # Convolutions on a CPU take a third less time in this layout.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lay_channels_last(model, torch.zeros(1, *splits.shape, device=device))
     origin = provenance(splits, device)
     record = directory.read_json("run.json") if directory.exists else {}
     if record and _data_of(record, directory) != origin["data"]:
