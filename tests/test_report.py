@@ -18,7 +18,6 @@ import pytest
 
 from robustlens.report.aggregate import common_edges, over_seeds, shares
 from robustlens.report.charts import MAX_POINTS, chart, spec
-from robustlens.report.collect import load, methods
 from robustlens.report.figures import slug, write_figures
 from robustlens.report.numbers import interval, number, seconds
 from robustlens.report.page import write_page
@@ -26,6 +25,7 @@ from robustlens.report.summary import summarise
 from robustlens.results.errors import InputError
 from robustlens.results.panels import Curve, Gallery, Heatmap, Histogram, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.runs import load, methods
 from robustlens.results.store import RunDirectory
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&'

@@ -114,7 +114,7 @@ def lay_channels_last(model: nn.Module, x: Tensor) -> None:
             weight.data = data
 
 
-def _convolutions(model: nn.Module) -> list[nn.Parameter]:
+def _convolutions(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if type(module) is nn.Conv2d]
 
 

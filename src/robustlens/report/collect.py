@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from robustlens.results.errors import InputError
 from robustlens.results.panels import Curve, Panel, Series
 from robustlens.results.reading import Reading
-from robustlens.results.store import RunDirectory
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, read into memory. ``method`` is its label, made distinct where two configurations share one."""
-
-    method: str
-    seed: int
-    study: str
-    hash: str
-    config: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    readings: Sequence[Reading]
+from robustlens.results.runs import Run, methods, seedless
 
 
 @dataclass(frozen=True)
@@ -60,50 +43,13 @@ class Section:
         return [PanelGroup(title, kind, by_method) for (title, kind, _), by_method in groups.items()]
 
 
-def load(directories: Sequence[RunDirectory]) -> list[Run]:
-    """Read the runs; the same run given twice counts once.
-
-    Runs of one label are seeds of one method only if their configurations agree in everything but the seed. Where
-    they don't, each configuration becomes a method of its own, its label ended by the start of a hash.
-
-    Raises:
-        InputError: there is no run, or a directory is not a run's or is damaged.
-    """
-    if not directories:
-        raise InputError("report", expected="at least one run directory", got="none", fix="Name the runs to report on.")
-    found: dict[Any, Run] = {}
-    for directory in directories:
-        run = _read(directory)
-        found.setdefault(run.hash or directory.path.resolve(), run)
-    configurations: dict[str, list[str]] = {}
-    for run in found.values():
-        known = configurations.setdefault(run.method, [])
-        if (configuration := _seedless(run.config)) not in known:
-            known.append(configuration)
-    runs = []
-    for run in found.values():
-        if len(configurations[run.method]) > 1:
-            address = hashlib.sha256(_seedless(run.config).encode()).hexdigest()[:6]
-            run = replace(run, method=f"{run.method} · {address}")
-        runs.append(run)
-    return runs
-
-
-def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method, seeds in ascending order; methods as they first appear."""
-    grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(run.method, []).append(run)
-    return {method: sorted(group, key=lambda run: run.seed) for method, group in grouped.items()}
-
-
 def sections(runs: Sequence[Run]) -> list[Section]:
     """One section a lens and choice of settings (seeds in the settings aside), in order of first appearance."""
     grouped: dict[tuple[str, str], list[tuple[Run, Reading]]] = {}
     for group in methods(runs).values():
         for run in group:
             for reading in run.readings:
-                grouped.setdefault((reading.lens, _seedless(reading.settings)), []).append((run, reading))
+                grouped.setdefault((reading.lens, seedless(reading.settings)), []).append((run, reading))
     by_lens: dict[str, list[tuple[str, str]]] = {}
     for key in grouped:
         by_lens.setdefault(key[0], []).append(key)
@@ -111,7 +57,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     for lens, keys in by_lens.items():
         settings = [grouped[key][0][1].settings for key in keys]
         names = dict.fromkeys(name for own in settings for name in own if name != "seed")
-        differing = [name for name in names if len({_seedless([own.get(name)]) for own in settings}) > 1]
+        differing = [name for name in names if len({seedless([own.get(name)]) for own in settings}) > 1]
         for key, own in zip(keys, settings, strict=True):
             name = lens.replace("_", " ").replace("-", " ")
             if len(keys) > 1:
@@ -148,22 +94,6 @@ def training_curves(runs: Sequence[Run]) -> list[PanelGroup]:
     return groups
 
 
-def _read(directory: RunDirectory) -> Run:
-    record = directory.read_json("run.json")
-    try:
-        config, provenance = dict(record.get("config") or {}), dict(record.get("provenance") or {})
-        label = str(record["label"]).strip() or "(no name)"
-        seed, study, address = int(record["seed"]), str(record.get("study") or ""), str(record.get("hash") or "")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"run directory {directory.path}",
-            expected="a run.json with a label and a seed",
-            got=f"{type(error).__name__} ({error})",
-            fix="Give the directory of a run that robustlens made, or run it again.",
-        ) from error
-    return Run(label, seed, study, address, config, provenance, directory.metrics(), directory.readings())
-
-
 def _line(run: Run, key: str, name: str) -> Series:
     points = [
         (float(record.get("epoch", i + 1)), float(record[key]))
@@ -175,15 +105,6 @@ def _line(run: Run, key: str, name: str) -> Series:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _seedless(value: Any) -> str:
-    def strip(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {str(k): strip(v) for k, v in part.items() if k != "seed"}
-        return [strip(v) for v in part] if isinstance(part, list | tuple) else part
-
-    return json.dumps(strip(value), sort_keys=True, default=str)
 
 
 def _brief(value: Any) -> str:

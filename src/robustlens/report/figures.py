@@ -13,10 +13,11 @@ import vl_convert
 
 from robustlens.report.aggregate import over_seeds
 from robustlens.report.charts import chart, palette, spec
-from robustlens.report.collect import load, methods, sections, training_curves
+from robustlens.report.collect import sections, training_curves
 from robustlens.report.pictures import grid
 from robustlens.results.errors import InputError
 from robustlens.results.panels import Gallery
+from robustlens.results.runs import load, methods
 from robustlens.results.store import RunDirectory, write_atomically
 
 FORMATS = ("pdf", "svg", "png")

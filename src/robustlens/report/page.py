@@ -17,12 +17,13 @@ import robustlens
 from robustlens.report import numbers
 from robustlens.report.aggregate import over_seeds
 from robustlens.report.charts import chart, palette, spec, undrawn
-from robustlens.report.collect import PanelGroup, Run, Section, load, methods, sections, training_curves
+from robustlens.report.collect import PanelGroup, Section, sections, training_curves
 from robustlens.report.figures import slug, vega_lite_version
 from robustlens.report.pictures import SHOWN, data_uri
 from robustlens.report.provenance import origins
 from robustlens.report.summary import summary_of
 from robustlens.results.panels import Gallery, Panel, Table
+from robustlens.results.runs import Run, load, methods
 from robustlens.results.store import RunDirectory, write_atomically
 
 MANY_READINGS = 60  # beyond this the readings that are ok are folded away, lens by lens

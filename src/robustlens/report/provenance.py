@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustlens.report import numbers
-from robustlens.report.collect import Run
+from robustlens.results.runs import Run
 
 NAMES = {"version": "robustlens", "seconds": "training time"}
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from robustlens.report import numbers
-from robustlens.report.collect import Run, Section, load, methods, sections
+from robustlens.report.collect import Section, sections
 from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.runs import Run, load, methods
 from robustlens.results.store import RunDirectory
 
 

@@ -1,0 +1,174 @@
+"""Which runs bear on a claim, and what a reading of theirs says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustlens.results.reading import Quantity, Reading
+from robustlens.results.runs import Run, seedless
+
+#: Tells whether a run plays a part in a claim.
+Part = Callable[[Run], bool]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A quantity of a lens: its name, or what names it for a run (the accuracy at the radius it was trained for).
+
+    ``settings`` are those that the reading must have, such as ``{"split": "train"}``. Among several readings that fit,
+    the one over most examples counts.
+    """
+
+    lens: str
+    quantity: str | Callable[[Run], str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, run: Run) -> tuple[Quantity, Reading] | None:
+        """The quantity and the reading it stands in; None where the run has none."""
+        name = self.quantity if isinstance(self.quantity, str) else self.quantity(run)
+        found = [
+            (quantity, reading)
+            for reading in run.readings
+            if reading.lens == self.lens and reading.outcome.status != "failed"
+            if all(reading.settings.get(key) == value for key, value in self.settings.items())
+            for quantity in reading.quantities
+            if quantity.name == name
+        ]
+        return max(found, key=lambda each: each[0].n or 0, default=None)
+
+
+def over_epochs(lens: str, quantity: str, *, last: bool) -> Ask:
+    """A quantity of a lens that looked after several epochs: after the last of them, or after the first."""
+    home = f"{lens} over epochs"
+
+    def name(run: Run) -> str:
+        parts = [
+            q.name.rpartition(", epoch ")
+            for reading in run.readings
+            if reading.lens == home
+            for q in reading.quantities
+        ]
+        epochs = [int(epoch) for before, _, epoch in parts if before == quantity]
+        return f"{quantity}, epoch {(max if last else min)(epochs, default=0)}"
+
+    return Ask(home, name)
+
+
+def name_of(part: Any) -> str:
+    """The name of a part of a configuration, which is its settings or a bare name."""
+    return str(part["name"] if isinstance(part, Mapping) else part)
+
+
+def regularizers(run: Run) -> set[str]:
+    return {name_of(part) for part in run.config["regularizers"]}
+
+
+def constraints(run: Run) -> set[str]:
+    return {name_of(part) for part in run.config["constraints"]}
+
+
+def is_plain(run: Run) -> bool:
+    """Nothing but an objective: no regularizer, no constraint, no update but descent."""
+    parts = (run.config["regularizers"], run.config["constraints"], name_of(run.config["update"]) != "descend")
+    return not any(parts)
+
+
+def is_standard(run: Run) -> bool:
+    """Standard training and nothing else."""
+    return is_plain(run) and name_of(run.config["objective"]) == "standard"
+
+
+def is_regularized(*names: str) -> Part:
+    """Standard training with exactly these regularizers."""
+    return lambda run: (
+        name_of(run.config["objective"]) == "standard" and regularizers(run) == set(names) and not constraints(run)
+    )
+
+
+def adversary(run: Run) -> Mapping[str, Any] | None:
+    """The settings of the attack, or of the noise, that the run was trained against."""
+    objective = run.config["objective"]
+    if name_of(objective) == "adversarial":
+        return dict(objective["attack"])
+    return dict(objective) if name_of(objective) in ("noise", "logistic-adversary") else None
+
+
+def norm(run: Run) -> str:
+    """The norm it was trained against, "" for standard training."""
+    found = adversary(run)
+    return "" if found is None else str(found["threat"]).partition(":")[0]
+
+
+def strength(run: Run) -> float | None:
+    """The radius it was trained against, 0 for standard training; None for anything else."""
+    if name_of(run.config["objective"]) == "standard":
+        return 0.0
+    found = adversary(run)
+    return None if found is None else float(str(found["threat"]).partition(":")[2])
+
+
+def is_trained_against(*attacks: str) -> Part:
+    """Adversarial training against one of these attacks (or "noise")."""
+    return lambda run: (found := adversary(run)) is not None and name_of(found) in attacks
+
+
+def setting(run: Run) -> str:
+    """What must agree between runs that are compared: the images and the network."""
+    return seedless({"data": run.config["data"], "model": run.config["model"]})
+
+
+def describe(run: Run) -> str:
+    """Data and network, for people."""
+    data, model = run.config["data"], run.config["model"]
+    classes = f" {'/'.join(str(c) for c in data['classes'])}" if data.get("classes") else ""
+    part = f" ({data['train']} images)" if data.get("train") else ""
+    return f"{data['source']}{classes}{part}, {name_of(model)}, {run.config['training']['epochs']} epochs"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that differ in the radius they were trained against, and in the seed; ``by_strength`` in ascending order."""
+
+    where: str
+    by_strength: Mapping[float, Mapping[int, Run]]
+
+
+def families(runs: Sequence[Run], member: Part) -> list[Family]:
+    """The runs for which ``member`` holds, by all their settings but radius, step size and seed.
+
+    Standard training with the same settings is the beginning of each family, at strength 0.
+    """
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        if member(run) and strength(run) is not None:
+            grouped.setdefault(_kinship(run), []).append(run)
+    standard = [run for run in runs if name_of(run.config["objective"]) == "standard"]
+    found = []
+    for kin in grouped.values():
+        first = kin[0]
+        all_of_them = [*(run for run in standard if _surroundings(run) == _surroundings(first)), *kin]
+        by_strength: dict[float, dict[int, Run]] = {}
+        for run in all_of_them:
+            by_strength.setdefault(strength(run) or 0.0, {})[run.seed] = run
+        if len(by_strength) > 1:
+            against = name_of(adversary(first) or first.config["objective"])
+            also = "".join(f", {name}" for name in sorted(regularizers(first) | constraints(first)))
+            where = f"{describe(first)}, {against} {norm(first)}{also}".strip()
+            found.append(Family(where, dict(sorted(by_strength.items()))))
+    return found
+
+
+def _surroundings(run: Run) -> str:
+    kept = ("data", "model", "regularizers", "update", "constraints", "training", "start")
+    return seedless({key: run.config.get(key) for key in kept})
+
+
+def _kinship(run: Run) -> str:
+    """Everything that two runs of a family share."""
+    against = {key: value for key, value in (adversary(run) or {}).items() if key not in ("threat", "step_size")}
+    objective = run.config["objective"]
+    objective = {k: v for k, v in objective.items() if k not in ("attack", "threat")} if against else objective
+    return json.dumps([_surroundings(run), against, objective, norm(run)], sort_keys=True)

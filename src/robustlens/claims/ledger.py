@@ -1,0 +1,54 @@
+"""Every claim there is, judged by the runs at hand."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import robustlens.claims
+from robustlens.claims.statistics import Judge
+from robustlens.results.runs import Run
+from robustlens.results.verdict import Entry, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A sentence of a paper as a function of readings.
+
+    Attributes:
+        name: "<number of the paper>-<what it says>", such as "000-loss-gap-falls".
+        paper: citation; section: where in it.
+        sentence: what it says, in its own words or close to them.
+        measured: the statistic in words, and where it must lie for the claim to hold.
+        judge: a verdict for each setting that the runs offer; none where they offer none.
+        needs: what has to be run for it, in words; said where nothing was.
+    """
+
+    name: str
+    paper: str
+    section: str
+    sentence: str
+    measured: str
+    judge: Judge
+    needs: str
+
+
+@cache
+def claims() -> tuple[Claim, ...]:
+    """The claims of all papers, by name."""
+    home = robustlens.claims
+    modules = [importlib.import_module(f"{home.__name__}.{info.name}") for info in pkgutil.iter_modules(home.__path__)]
+    found = [claim for module in modules for claim in getattr(module, "CLAIMS", ())]
+    return tuple(sorted(found, key=lambda claim: claim.name))
+
+
+def ledger(runs: Sequence[Run], judged: Sequence[Claim] | None = None) -> list[Entry]:
+    """Each claim with its verdicts; one that no run bears on is "not run" and says what it needs."""
+    entries = []
+    for claim in claims() if judged is None else judged:
+        verdicts = tuple(claim.judge(runs)) or (Verdict("not run", "", f"It needs {claim.needs}."),)
+        entries.append(Entry(claim.name, claim.paper, claim.section, claim.sentence, claim.measured, verdicts))
+    return entries

@@ -1,0 +1,246 @@
+"""Statistics over runs, with intervals over the examples and over the seeds behind them.
+
+Each returns ``judge(runs) -> [Verdict, …]``, one verdict for each setting that the runs offer.
+
+A linear statistic v = Σ_j w_j q_j of quantities q_j has the standard error √(Σ w_j² se_j²) over examples, where se_j is
+what the quantity's own interval says. It is not divided by the number of seeds, because all networks of a setting see
+the same examples. Over k > 1 seeds v is averaged, and t_{k−1} s / √k is its error over seeds. The half width of the
+interval is the root of the sum of both squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, hypot, log, sqrt
+
+import numpy as np
+from scipy.stats import t as student
+
+from robustlens.claims.evidence import Ask, Family, Part, describe, families, setting
+from robustlens.results.reading import Quantity, Reading
+from robustlens.results.runs import Run, seedless
+from robustlens.results.verdict import Region, Statistic, Verdict, decide
+
+Judge = Callable[[Sequence[Run]], list[Verdict]]
+
+#: Half the width of a 95 % interval, in standard errors.
+Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One seed's value of a statistic: with the error over examples (None: unknown), n, and what is wrong with it."""
+
+    value: float
+    error: float | None
+    n: int | None
+    trouble: str = ""
+
+
+def over_seeds(samples: Sequence[Sample], unit: str = "") -> Statistic:
+    """The mean over seeds and its interval."""
+    values = np.array([sample.value for sample in samples])
+    k = len(values)
+    errors = [sample.error for sample in samples]
+    by_examples = None if None in errors else Z * float(np.mean([error or 0.0 for error in errors]))
+    by_seeds = None if k == 1 else float(student.ppf(0.975, k - 1) * values.std(ddof=1) / sqrt(k))
+    counts = [sample.n for sample in samples if sample.n is not None]
+    mean, n = float(values.mean()), min(counts, default=None)
+    if by_examples is None and by_seeds is None:
+        return Statistic(mean, None, None, k, n, unit)
+    half = hypot(by_examples or 0.0, by_seeds or 0.0)
+    return Statistic(mean, mean - half, mean + half, k, n, unit)
+
+
+def linear(weights: Sequence[float], found: Sequence[tuple[Quantity, Reading]]) -> Sample:
+    """Σ w_j q_j for one seed."""
+    value = sum(w * quantity.value for w, (quantity, _) in zip(weights, found, strict=True))
+    errors = [_error(quantity) for quantity, _ in found]
+    error = None if None in errors else sqrt(sum((w * (e or 0.0)) ** 2 for w, e in zip(weights, errors, strict=True)))
+    return Sample(value, error, _least(found), _trouble(found))
+
+
+def trend(ask: Ask, region: Region, *, member: Part, per: str = "over the range of radii", least: float = 0.0) -> Judge:
+    """The change of a quantity along the least-squares line over the strengths of training, from least to most.
+
+    ``member`` says which runs are of the family; ``least`` leaves out weaker ones (standard training has strength 0).
+    """
+
+    def judged(family: Family) -> Verdict | None:
+        strengths = [eps for eps in family.by_strength if eps >= least]
+        rows = _complete({eps: family.by_strength[eps] for eps in strengths}, ask)
+        strengths = [eps for eps in strengths if rows and eps in rows[0]]
+        if len(strengths) < 2:
+            return None
+        x = np.array(strengths) - np.mean(strengths)
+        weights = x / (x @ x) * (strengths[-1] - strengths[0])
+        samples = [linear(weights.tolist(), [row[eps] for eps in strengths]) for row in rows]
+        unit = rows[0][strengths[0]][0].unit
+        middle = [float(np.mean([row[eps][0].value for row in rows])) for eps in strengths]
+        way = " → ".join(f"{value:.4g}" for value in middle)
+        radii = ", ".join(f"{eps:.4g}" for eps in strengths)
+        return _verdict(samples, region, family.where, f"{_name(ask, rows)} {way} at ε = {radii}", unit, per)
+
+    return lambda runs: [v for family in families(runs, member) if (v := judged(family)) is not None]
+
+
+def compare(
+    ask: Ask, region: Region, *, first: Part, second: Part, ratio: bool = False, against: Ask | None = None
+) -> Judge:
+    """A quantity of one method minus that of another, or over it; each setting's runs are paired by seed.
+
+    ``against`` is what is asked of the second, where that is another quantity. Where several configurations play the
+    same part, every pair is judged.
+    """
+
+    def judged(a: Mapping[int, Run], b: Mapping[int, Run]) -> Verdict | None:
+        pairs = [
+            (found, other)
+            for seed in sorted(set(a) & set(b))
+            if (found := ask.of(a[seed])) is not None and (other := (against or ask).of(b[seed])) is not None
+        ]
+        if not pairs:
+            return None
+        one, two = (next(iter(runs.values())) for runs in (a, b))
+        where = f"{describe(one)}: {one.method} and {two.method}"
+        values = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
+        text = f"{pairs[0][0][0].name} {values[0]:.4g} and {values[1]:.4g}"
+        if ratio:
+            return _verdict([_ratio(*pair) for pair in pairs], region, where, text, "", "ratio", logarithmic=True)
+        samples = [linear([1.0, -1.0], pair) for pair in pairs]
+        return _verdict(samples, region, where, text, pairs[0][0][0].unit, "difference")
+
+    def judge(runs: Sequence[Run]) -> list[Verdict]:
+        found = []
+        for group in _by(setting, runs).values():
+            ones, others = (list(_by_configuration(filter(part, group)).values()) for part in (first, second))
+            found += [v for a in ones for b in others if a is not b and (v := judged(a, b)) is not None]
+        return found
+
+    return judge
+
+
+def value(ask: Ask, region: Region, *, member: Part) -> Judge:
+    """A quantity of each method itself."""
+
+    def judged(runs: Mapping[int, Run]) -> Verdict | None:
+        found = [there for _, run in sorted(runs.items()) if (there := ask.of(run)) is not None]
+        if not found:
+            return None
+        one = next(iter(runs.values()))
+        samples = [linear([1.0], [each]) for each in found]
+        text = found[0][0].name
+        return _verdict(samples, region, f"{describe(one)}: {one.method}", text, found[0][0].unit, "value")
+
+    def judge(runs: Sequence[Run]) -> list[Verdict]:
+        groups = _by_configuration(filter(member, runs)).values()
+        return [v for group in groups if (v := judged(group)) is not None]
+
+    return judge
+
+
+def within(ask: Ask, against: Ask, region: Region, *, member: Part, ratio: bool = False) -> Judge:
+    """Two quantities of the same networks: their difference, or their ratio."""
+
+    def judged(runs: Mapping[int, Run]) -> Verdict | None:
+        pairs = [
+            (a, b)
+            for _, run in sorted(runs.items())
+            if (a := ask.of(run)) is not None and (b := against.of(run)) is not None
+        ]
+        if not pairs:
+            return None
+        one = next(iter(runs.values()))
+        middle = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
+        text = f"{pairs[0][0][0].name} {middle[0]:.4g}, {pairs[0][1][0].name} {middle[1]:.4g}"
+        samples = [_ratio(*pair) if ratio else linear([1.0, -1.0], pair) for pair in pairs]
+        where, kind = f"{describe(one)}: {one.method}", "ratio" if ratio else "difference"
+        return _verdict(samples, region, where, text, "" if ratio else pairs[0][0][0].unit, kind, logarithmic=ratio)
+
+    def judge(runs: Sequence[Run]) -> list[Verdict]:
+        groups = _by_configuration(filter(member, runs)).values()
+        return [v for group in groups if (v := judged(group)) is not None]
+
+    return judge
+
+
+def _ratio(a: tuple[Quantity, Reading], b: tuple[Quantity, Reading]) -> Sample:
+    """log(a / b) for one seed; both are positive."""
+    errors = [_error(quantity) for quantity, _ in (a, b)]
+    (one, _), (two, _) = a, b
+    known = None not in errors
+    error = hypot((errors[0] or 0.0) / one.value, (errors[1] or 0.0) / two.value) if known else None
+    return Sample(log(one.value / two.value), error, _least([a, b]), _trouble([a, b]))
+
+
+def _verdict(
+    samples: Sequence[Sample],
+    region: Region,
+    where: str,
+    text: str,
+    unit: str,
+    kind: str,
+    *,
+    logarithmic: bool = False,
+) -> Verdict:
+    statistic = over_seeds(samples, unit)
+    if logarithmic:
+        ends = [None if end is None else exp(end) for end in (statistic.low, statistic.high)]
+        statistic = Statistic(exp(statistic.value), ends[0], ends[1], statistic.seeds, statistic.n)
+    trouble = next((sample.trouble for sample in samples if sample.trouble), "")
+    says = f"{text}; {kind} {_shown(statistic)}."
+    if trouble:
+        return Verdict("undecided", where, f"{says} A reading behind it is unreliable: {trouble}", statistic)
+    if statistic.low is None:
+        says += " One seed and no interval over examples: more seeds decide."
+    return Verdict(decide(statistic, region), where, says, statistic)
+
+
+def _shown(statistic: Statistic) -> str:
+    interval = "" if statistic.low is None else f" [{statistic.low:.4g}, {statistic.high:.4g}]"
+    return f"{statistic.value:.4g}{interval}{statistic.unit and ' '}{statistic.unit}"
+
+
+def _error(quantity: Quantity) -> float | None:
+    if quantity.low is None or quantity.high is None:
+        return 0.0 if quantity.nature == "exact" else None
+    return (quantity.high - quantity.low) / (2 * Z)
+
+
+def _least(found: Sequence[tuple[Quantity, Reading]]) -> int | None:
+    return min((quantity.n for quantity, _ in found if quantity.n is not None), default=None)
+
+
+def _trouble(found: Sequence[tuple[Quantity, Reading]]) -> str:
+    return next((reading.outcome.why for _, reading in found if reading.outcome.status == "unreliable"), "")
+
+
+def _name(ask: Ask, rows: Sequence[Mapping[float, tuple[Quantity, Reading]]]) -> str:
+    return ask.quantity if isinstance(ask.quantity, str) else next(iter(rows[0].values()))[0].name
+
+
+def _complete(by_strength: Mapping[float, Mapping[int, Run]], ask: Ask) -> list[dict[float, tuple[Quantity, Reading]]]:
+    """For each seed that all strengths have, what each says; strengths that no seed has asked are left out."""
+    found = {
+        eps: {seed: there for seed, run in runs.items() if (there := ask.of(run)) is not None}
+        for eps, runs in by_strength.items()
+    }
+    found = {eps: seeds for eps, seeds in found.items() if seeds}
+    common = set.intersection(*(set(seeds) for seeds in found.values())) if found else set()
+    return [{eps: seeds[seed] for eps, seeds in found.items()} for seed in sorted(common)]
+
+
+def _by(key: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, list[Run]]:
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(key(run), []).append(run)
+    return grouped
+
+
+def _by_configuration(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
+    """Seeds of each configuration."""
+    grouped: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        grouped.setdefault(seedless(run.config), {})[run.seed] = run
+    return grouped

@@ -1,0 +1,1 @@
+"""The papers' tables and figures as studies, with the papers' numbers beside them: one file a paper."""
