@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from robustlens.cli import app
 from robustlens.core.discovery import discover
+from robustlens.results.verdict import Entry
 from robustlens.studies.config import make_study
 from robustlens.studies.plan import make_plan
 from robustlens.studies.run import run_study
@@ -92,6 +93,26 @@ def test_lenses_names_every_lens_and_its_examples_work(tmp_path: Path) -> None:
     names: dict[str, object] = {"runs": run_study(make_study(study), tmp_path)}
     (code,) = blocks("docs/lenses.md", "python")
     exec(compile(code, "docs/lenses.md", "exec", dont_inherit=True), names)
+
+
+def test_the_claim_in_the_docs_is_judged(tmp_path: Path) -> None:
+    attack = {"threat": "l2:0.5", "steps": 2}
+    study = {
+        "data": {"source": "digits", "train": 60, "valid": 20, "test": 20},
+        "model": "mlp",
+        "threat": "l2:0.5",
+        "training": {"epochs": 1},
+        "methods": [
+            {"label": "FGSM", "objective": {"name": "adversarial", "attack": {"name": "fgsm", "threat": "l2:0.5"}}},
+            {"label": "PGD", "objective": {"name": "adversarial", "attack": {"name": "pgd", **attack}}},
+        ],
+        "lenses": [{"name": "accuracy", "pictures": 0}],
+    }
+    names: dict[str, object] = {"directories": run_study(make_study(study), tmp_path)}
+    for code in blocks("docs/write-a-claim.md", "python"):
+        exec(compile(code, "docs/write-a-claim.md", "exec", dont_inherit=True), names)
+    entry = names["entry"]
+    assert isinstance(entry, Entry) and entry.judgement != "not run" and len(entry.verdicts) == 1
 
 
 def test_every_link_in_the_docs_leads_somewhere() -> None:

@@ -20,6 +20,7 @@ from robustlens.core.discovery import build
 from robustlens.core.types import Batch, Split
 from robustlens.data.config import DataConfig
 from robustlens.data.sources import load
+from robustlens.linalg.hard_margin import hard_margin_svm
 from robustlens.methods.preset import Preset
 from robustlens.methods.yamada_2021 import PRESETS
 from robustlens.models.linear import LogisticNet
@@ -28,7 +29,7 @@ from robustlens.objectives.standard import Standard
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
-from robustlens.train.linear_limits import hard_margin_svm, logistic_optimum
+from robustlens.train.linear_limits import logistic_optimum
 
 THREATS = [("l2", 0.7), ("linf", 0.1), ("l1", 2.0)]
 

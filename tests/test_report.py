@@ -205,6 +205,23 @@ def test_one_label_with_two_configurations_is_two_methods(tmp_path: Path) -> Non
     assert len(names) == 2 and all(re.fullmatch(r"PGD · [0-9a-f]{6}", name) for name in names)
 
 
+def test_methods_that_are_each_examined_at_their_own_radius_stand_together_and_are_not_ranked(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, name, 0, accuracy=value) for name, value in (("A", 0.9), ("B", 0.5))]
+
+    def look(run: RunDirectory, eps: float) -> None:
+        settings = {"threat": f"l2:{eps}", "attack used": {"name": "pgd", "threat": f"l2:{eps}", "step_size": eps / 4}}
+        quantity = Quantity("robust accuracy", 1 - eps, "fraction", 0.99 - eps, 1 - eps, 500)
+        found = Reading("accuracy", "…", quantities=(quantity,), headline=("robust accuracy",), settings=settings)
+        run.write_reading(run.reading_path("accuracy", settings), found)
+
+    for run, eps in zip(runs, (0.1, 0.5), strict=True):
+        look(run, eps)
+    cells = [row.cells[0] for row in summarise(runs).rows]
+    assert [(cell.value, cell.best) for cell in cells] == [(0.9, False), (0.5, False)]
+    look(runs[0], 0.5)
+    assert len([column for column in summarise(runs).columns if column.lens.startswith("accuracy (")]) == 2
+
+
 def test_same_lens_with_other_settings_is_another_column(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "PGD", 0)
     more = Reading("robustness", "…", quantities=(Quantity("q", 1.0),), headline=("q",), settings={"steps": 50})

@@ -181,6 +181,75 @@ def compare(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="A recipe, such as 004-table1; nothing lists them.")] = None,
+    scale: Annotated[
+        str, typer.Option(help="paper; laptop: less data or fewer epochs; smoke: it runs, and nothing more.")
+    ] = "laptop",
+    seeds: Annotated[str | None, typer.Option(help="0,1,2", show_default="the recipe's")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Also keep the record and the runs' numbers here, without weights.")
+    ] = None,
+    out: Out = Path("runs"),
+    device: Device = "auto",
+    overrides: Set = None,
+) -> None:
+    """Carry out a paper's table or figure, and show its numbers beside yours."""
+    from robustlens.recipes.recipe import find_recipe, find_scale, recipes
+    from robustlens.recipes.reproduce import parse_seeds, write
+    from robustlens.recipes.reproduce import reproduce as carry_out
+    from robustlens.report.front import beside
+    from robustlens.show import Show, front, recipe_list
+
+    if name is None:
+        recipe_list(console, recipes().values())
+        return
+    recipe, size, chosen = find_recipe(name), find_scale(scale), parse_seeds(seeds)
+    console.print(f"{escape(recipe.what)}\n{size} scale: {escape(recipe.expects[size])}", soft_wrap=True)
+    with Show(console) as show:
+        found = carry_out(recipe, size, out, seeds=chosen, overrides=overrides or (), device=device, watch=show)
+    front(console, beside(found.rows, recipe.what))
+    _say_page(write(found, out, keep))
+
+
+@app.command()
+def claims(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run directories, or directories that hold some.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="A study file: carry it out first, then judge by its runs.")
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option(help="pkg.module:CLAIM, a claim of your own. Repeatable.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Also write the page of the runs, with the ledger on it.")] = None,
+    out: Out = Path("runs"),
+    device: Device = "auto",
+) -> None:
+    """Judge the papers' claims by runs: the ledger."""
+    from robustlens.claims.ledger import claims as known
+    from robustlens.claims.ledger import find_claim
+    from robustlens.claims.ledger import ledger as judge
+    from robustlens.report.front import ledger
+    from robustlens.results.runs import read_runs
+    from robustlens.results.store import find_runs
+    from robustlens.show import Show
+    from robustlens.show import claims as show_claims
+
+    judged = [*(find_claim(path) for path in also or ()), *known()]
+    directories = find_runs(runs) if runs else []
+    if study is not None:
+        from robustlens.studies.config import read_study
+        from robustlens.studies.run import run_study
+
+        with Show(console) as show:
+            directories += run_study(read_study(study), out, device=device, watch=show)
+    entries = judge(read_runs(directories), judged)
+    show_claims(console, entries)
+    if page is not None:
+        from robustlens.report.page import write_page
+
+        _say_page(write_page(directories, page, title="Claims", front=[ledger(entries)]))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold some.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),

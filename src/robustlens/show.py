@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -13,14 +13,28 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from robustlens.report.front import evidence, ledger
 from robustlens.results.errors import unknown_name
 from robustlens.results.store import RunDirectory
 
 if TYPE_CHECKING:
+    from robustlens.recipes.recipe import Recipe
+    from robustlens.report.front import Front
+    from robustlens.results.verdict import Entry
     from robustlens.studies.compare import Compared
 
 #: Statuses of a number that a reader must be warned of.
 DOUBTFUL = ("unreliable", "failed")
+
+
+#: Colours of verdicts.
+VERDICTS = {
+    "supported": "green",
+    "agrees": "green",
+    "contradicted": "red",
+    "differs": "red",
+    "undecided": "yellow",
+}
 
 
 class Show:
@@ -130,6 +144,39 @@ def comparison(console: Console, found: Sequence[Compared]) -> None:
     )
     for doubt in dict.fromkeys(each.doubt for each in found if each.doubt):
         console.print(f"⚠ {escape(doubt)}", soft_wrap=True)
+
+
+def front(console: Console, found: Front) -> None:
+    """A table of verdicts."""
+    shown = Table(header_style="bold")
+    for name in found.header:
+        shown.add_column(escape(name), overflow="fold")
+    for row in found.rows:
+        shown.add_row(*(escape(cell) for cell in row[:-1]), f"[{VERDICTS.get(row[-1], 'dim')}]{escape(row[-1])}[/]")
+    console.print(shown)
+    console.print(escape(found.note), soft_wrap=True)
+
+
+def claims(console: Console, entries: Sequence[Entry]) -> None:
+    """The ledger: each claim with its verdict, and below it what was found on each setting."""
+    for entry in entries:
+        word = f"[{VERDICTS.get(entry.judgement, 'dim')}]{entry.judgement}[/]"
+        console.print(f"[bold]{escape(entry.name)}[/bold]  {word}", highlight=False)
+        console.print(Padding(escape(f"{entry.sentence} [{entry.paper}, {entry.section}]"), (0, 0, 0, 4)))
+        for verdict in entry.verdicts:
+            where = f"{verdict.where}: " if verdict.where else ""
+            seeds = "" if verdict.statistic is None else f" ({evidence(verdict.statistic)}; {verdict.judgement})"
+            text = escape(f"{where}{verdict.says}{seeds}")
+            console.print(Padding(text, (0, 0, 0, 4)), style="dim", highlight=False)
+    console.print()
+    console.print(escape(ledger(entries).note), soft_wrap=True)
+
+
+def recipe_list(console: Console, recipes: Iterable[Recipe]) -> None:
+    """Every recipe with what it shows and how long it takes."""
+    for recipe in recipes:
+        facts = " · ".join(f"{scale}: {time}" for scale, time in recipe.expects.items())
+        _entry(console, recipe.name, facts, f"{recipe.what} [{recipe.paper}]")
 
 
 def expectation(console: Console, seconds: Mapping[str, float]) -> None:

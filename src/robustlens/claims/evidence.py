@@ -19,12 +19,14 @@ class Ask:
     """A quantity of a lens: its name, or what names it for a run (the accuracy at the radius it was trained for).
 
     ``settings`` are those that the reading must have, such as ``{"split": "train"}``. Among several readings that fit,
-    the one over most examples counts.
+    the one over most examples counts. ``own`` asks for one under the threat that the run was trained against (radius 0
+    for standard training).
     """
 
     lens: str
     quantity: str | Callable[[Run], str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    own: bool = False
 
     def of(self, run: Run) -> tuple[Quantity, Reading] | None:
         """The quantity and the reading it stands in; None where the run has none."""
@@ -34,6 +36,7 @@ class Ask:
             for reading in run.readings
             if reading.lens == self.lens and reading.outcome.status != "failed"
             if all(reading.settings.get(key) == value for key, value in self.settings.items())
+            if not self.own or radius(reading) == strength(run)
             for quantity in reading.quantities
             if quantity.name == name
         ]
@@ -55,6 +58,13 @@ def over_epochs(lens: str, quantity: str, *, last: bool) -> Ask:
         return f"{quantity}, epoch {(max if last else min)(epochs, default=0)}"
 
     return Ask(home, name)
+
+
+def radius(reading: Reading) -> float | None:
+    """The radius that a lens attacked at; None where it attacked nothing."""
+    attack = reading.settings.get("attack used")
+    threat = reading.settings.get("threat") or (attack["threat"] if isinstance(attack, Mapping) else None)
+    return None if threat is None else float(str(threat).partition(":")[2])
 
 
 def name_of(part: Any) -> str:

@@ -10,6 +10,7 @@ from functools import cache
 
 import robustlens.claims
 from robustlens.claims.statistics import Judge
+from robustlens.results.errors import InputError
 from robustlens.results.runs import Run
 from robustlens.results.verdict import Entry, Verdict
 
@@ -43,6 +44,23 @@ def claims() -> tuple[Claim, ...]:
     modules = [importlib.import_module(f"{home.__name__}.{info.name}") for info in pkgutil.iter_modules(home.__path__)]
     found = [claim for module in modules for claim in getattr(module, "CLAIMS", ())]
     return tuple(sorted(found, key=lambda claim: claim.name))
+
+
+def find_claim(path: str) -> Claim:
+    """The claim that ``pkg.module:NAME`` names; raises InputError for anything else."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # importing runs the user's code
+        raise InputError(
+            path,
+            expected="pkg.module:NAME that can be imported",
+            got=f"{type(error).__name__}: {error}",
+            fix="Check the spelling, and that its directory is on PYTHONPATH.",
+        ) from error
+    if not isinstance(found, Claim):
+        raise InputError(path, expected="a Claim", got=repr(found), fix="See docs/write-a-claim.md.")
+    return found
 
 
 def ledger(runs: Sequence[Run], judged: Sequence[Claim] | None = None) -> list[Entry]:

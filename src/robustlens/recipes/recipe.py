@@ -48,7 +48,8 @@ class Recipe:
         name: "<number of the paper>-<table or figure>", such as "004-table1".
         paper: citation.
         what: the table or figure and what it shows.
-        studies: settings of the studies at a scale, as a study file would have them; their names are set from outside.
+        studies: settings of the studies at a scale, as a study file would have them. Recipes that look at the same
+            networks give their study one name, and the networks are trained once; else it is the recipe's.
         printed: the paper's numbers; none for a figure without numbers.
         expects: time and machine by scale, measured or (said so) estimated.
         differs: what is not as in the paper at ``paper`` scale, and what the other scales change; sentences.
@@ -63,11 +64,12 @@ class Recipe:
     differs: str = ""
 
     def at(self, scale: Scale) -> list[dict[str, Any]]:
-        """The studies' settings, named after the recipe, the scale and their position."""
+        """The studies' settings, named, with the scale in the name."""
         made = [copy.deepcopy(dict(settings)) for settings in self.studies(scale)]
         for number, settings in enumerate(made):
             part = f"-{number + 1}" if len(made) > 1 else ""
-            settings["name"] = f"{self.name}{part}" + ("" if scale == "paper" else f"-{scale}")
+            name = settings.get("name", f"{self.name}{part}")
+            settings["name"] = name + ("" if scale == "paper" else f"-{scale}")
         return [shrunk(settings) for settings in made] if scale == "smoke" else made
 
 

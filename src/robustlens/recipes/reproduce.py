@@ -14,28 +14,19 @@ from typing import Any
 import robustlens
 from robustlens.claims.statistics import linear, over_seeds
 from robustlens.recipes.recipe import Printed, Recipe, Scale
+from robustlens.recipes.summary import write_summary
+from robustlens.report.figures import write_figures
+from robustlens.report.front import beside
+from robustlens.report.page import write_page
+from robustlens.results.errors import InputError
 from robustlens.results.runs import Run, read_runs
 from robustlens.results.store import RunDirectory, write_atomically
-from robustlens.results.verdict import Statistic, decide
+from robustlens.results.verdict import Beside, decide
 from robustlens.studies.config import make_study, write_study
-from robustlens.studies.plan import slug
 from robustlens.studies.run import StudyWatch, run_study
 
 #: What a judgement is called where a number stands beside a paper's.
 AGREEMENT = {"supported": "agrees", "contradicted": "differs", "undecided": "undecided", "not run": "not run"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A number of the paper beside ours; ``ours`` is None where it was not measured, ``trouble`` says what to doubt."""
-
-    row: str
-    column: str
-    paper: float
-    tolerance: float
-    ours: Statistic | None
-    verdict: str
-    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Reproduction:
 
     recipe: Recipe
     scale: Scale
-    rows: tuple[Row, ...]
+    rows: tuple[Beside, ...]
     runs: tuple[RunDirectory, ...]
     record: dict[str, Any]
 
@@ -74,7 +65,7 @@ def reproduce(
         home = groups[-1][0].path.parent
         write_atomically(home / "study.toml", write_study(study).encode())
     runs = [read_runs(group) for group in groups]
-    rows = tuple(beside(printed, runs[printed.study]) for printed in recipe.printed)
+    rows = tuple(compared(printed, runs[printed.study]) for printed in recipe.printed)
     flags = "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
     flags += "".join(f" --set {each}" for each in overrides)
     flags += "" if device == "auto" else f" --device {device}"
@@ -98,30 +89,47 @@ def reproduce(
     return Reproduction(recipe, scale, rows, tuple(run for group in groups for run in group), record)
 
 
-def beside(printed: Printed, runs: Sequence[Run]) -> Row:
+def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
     """Our number for a number of the paper, over the seeds there are."""
     asked = [printed.ask.of(run) for run in runs if run.method == printed.method]
     found = [each for each in asked if each is not None]
     if not found:
-        return Row(printed.row, printed.column, printed.value, printed.tolerance, None, "not run")
+        return Beside(printed.row, printed.column, printed.value, printed.tolerance, None, "not run")
     samples = [linear([1.0], [each]) for each in found]
     ours = over_seeds(samples, found[0][0].unit)
     trouble = next((sample.trouble for sample in samples if sample.trouble), "")
     region = (printed.value - printed.tolerance, printed.value + printed.tolerance)
     verdict = AGREEMENT[decide(ours, region)]
-    return Row(printed.row, printed.column, printed.value, printed.tolerance, ours, verdict, trouble)
+    return Beside(printed.row, printed.column, printed.value, printed.tolerance, ours, verdict, trouble)
 
 
-def keep(found: Reproduction, place: Path) -> Path:
-    """Write the record, the pages' figures aside, and the runs without weights and panels below ``place``.
+def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
+    """Write the page and the record of what came of a recipe into ``out``, and return the page.
 
-    The runs stay good enough to judge claims by, at some kilobytes each.
+    ``keep`` also takes the record, every chart as SVG, and the runs without weights and panels, at some kilobytes each:
+    enough to judge claims by. The summary of everything kept there is written anew beside it.
     """
-    home = place / slug(found.recipe.name)
-    for run in found.runs:
-        copy_slim(run, home / "runs" / run.path.parent.name / run.path.name)
-    write_atomically(home / "record.json", (json.dumps(found.record, indent=1, ensure_ascii=False) + "\n").encode())
-    return home
+    name = f"{found.recipe.name}-{found.scale}"
+    page = write_page(found.runs, out / f"{name}.html", title=name, front=[beside(found.rows, found.recipe.what)])
+    for place in (out, keep):
+        if place is not None:
+            text = json.dumps(found.record, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(place / f"{name}.json", text.encode())
+    if keep is not None:
+        for run in found.runs:
+            copy_slim(run, keep / "runs" / run.path.parent.name / run.path.name)
+        write_figures(found.runs, keep / "figures" / name, format="svg")
+        write_summary(keep)
+    return page
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """Read "0,1,2"."""
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise InputError("--seeds", expected="whole numbers with commas between", got=repr(text), fix="Write 0,1,2.")
+    return [int(part) for part in text.split(",")]
 
 
 def copy_slim(run: RunDirectory, to: Path) -> None:

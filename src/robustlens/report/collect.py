@@ -30,6 +30,11 @@ class Section:
     lens: str
     entries: Sequence[tuple[Run, Reading]]
 
+    @property
+    def alike(self) -> bool:
+        """Whether all methods were examined under one threat, so that their numbers compare."""
+        return len({str(reading.settings.get("threat")) for _, reading in self.entries}) == 1
+
     def panels(self) -> list[PanelGroup]:
         """The panels by title, in the order in which they first appear."""
         groups: dict[tuple[str, str, int], dict[str, list[tuple[int, Panel]]]] = {}
@@ -44,18 +49,28 @@ class Section:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """One section a lens and choice of settings (seeds in the settings aside), in order of first appearance."""
-    grouped: dict[tuple[str, str], list[tuple[Run, Reading]]] = {}
+    """One section a lens and choice of settings (seeds in the settings aside), in order of first appearance.
+
+    Methods that are each examined at a radius of their own stand in one section.
+    """
+    together: dict[tuple[str, str], list[tuple[Run, Reading]]] = {}
     for group in methods(runs).values():
         for run in group:
             for reading in run.readings:
-                grouped.setdefault((reading.lens, seedless(reading.settings)), []).append((run, reading))
+                together.setdefault((reading.lens, seedless(_radiusless(reading.settings))), []).append((run, reading))
+    grouped: dict[tuple[str, str], list[tuple[Run, Reading]]] = {}
+    for (lens, shared), entries in together.items():
+        each_once = len({run.hash for run, _ in entries}) == len(entries)
+        for run, reading in entries:
+            place = shared if each_once else seedless(reading.settings)
+            grouped.setdefault((lens, place), []).append((run, reading))
     by_lens: dict[str, list[tuple[str, str]]] = {}
     for key in grouped:
         by_lens.setdefault(key[0], []).append(key)
     found = []
     for lens, keys in by_lens.items():
-        settings = [grouped[key][0][1].settings for key in keys]
+        chosen = [[reading.settings for _, reading in grouped[key]] for key in keys]
+        settings = [each[0] if len(set(map(seedless, each))) == 1 else _radiusless(each[0]) for each in chosen]
         names = dict.fromkeys(name for own in settings for name in own if name != "seed")
         differing = [name for name in names if len({seedless([own.get(name)]) for own in settings}) > 1]
         for key, own in zip(keys, settings, strict=True):
@@ -64,6 +79,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
                 name += f" ({', '.join(f'{d} {_brief(own[d])}' for d in differing if d in own) or 'default'})"
             found.append(Section(name, lens, grouped[key]))
     return found
+
+
+def _radiusless(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the radius that was attacked at, and the step size that goes with it."""
+    kept = {key: value for key, value in settings.items() if key != "threat"}
+    attack = kept.get("attack used")
+    if isinstance(attack, Mapping):
+        kept["attack used"] = {key: value for key, value in attack.items() if key not in ("threat", "step_size")}
+    return kept
 
 
 def training_curves(runs: Sequence[Run]) -> list[PanelGroup]:

@@ -19,6 +19,7 @@ from robustlens.report.aggregate import over_seeds
 from robustlens.report.charts import chart, palette, spec, undrawn
 from robustlens.report.collect import PanelGroup, Section, sections, training_curves
 from robustlens.report.figures import slug, vega_lite_version
+from robustlens.report.front import Front
 from robustlens.report.pictures import SHOWN, data_uri
 from robustlens.report.provenance import origins
 from robustlens.report.summary import summary_of
@@ -46,8 +47,8 @@ class Block:
     by_method: tuple[tuple[str, Any], ...] = ()
 
 
-def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str) -> Path:
-    """Write the report on ``runs`` to ``path`` and return it.
+def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str, front: Sequence[Front] = ()) -> Path:
+    """Write the report on ``runs`` to ``path`` and return it; ``front`` stands before everything else.
 
     The page is self-contained: scripts, styles, data and pictures are inside, and its security policy forbids the
     browser to load anything. Runs of one label and configuration are seeds of one method.
@@ -73,6 +74,7 @@ def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str) -> Path:
     environment.filters |= {"number": numbers.number, "seconds": numbers.seconds, "cell": _cell}
     text = environment.get_template("page.html").render(
         title=title,
+        front=front,
         intro=_intro(loaded, found),
         methods=[{"name": name, "colour": colours[name]} for name in grouped],
         place={name: i for i, name in enumerate(grouped)},

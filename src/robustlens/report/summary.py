@@ -102,7 +102,8 @@ def summary_of(runs: Sequence[Run]) -> Summary:
             if found:
                 natures = dict.fromkeys(q.nature for q in found)
                 columns.append(Column(section.name, name, found[0].unit, " / ".join(natures)))
-                cells.append(_mark_best([_cell(section, method, name) for method in grouped], found[0]))
+                shown = [_cell(section, method, name) for method in grouped]
+                cells.append(_mark_best(shown, found[0]) if section.alike else shown)
     rows = [
         Row(method, tuple(run.seed for run in group), tuple(column[i] for column in cells))
         for i, (method, group) in enumerate(grouped.items())

@@ -68,6 +68,28 @@ class Entry:
         return "undecided" if any(verdict.judgement != "not run" for verdict in self.verdicts) else "not run"
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A number of a paper beside ours.
+
+    Attributes:
+        row, column: where it stands in the paper's table.
+        paper, tolerance: as printed (percentages as fractions), and how far ours may lie from it.
+        ours: None where it was not measured.
+        verdict: "agrees" where our whole interval lies within the tolerance, "differs" where none of it does,
+            "undecided" or "not run".
+        trouble: why the reading behind ours is unreliable.
+    """
+
+    row: str
+    column: str
+    paper: float
+    tolerance: float
+    ours: Statistic | None
+    verdict: str
+    trouble: str = ""
+
+
 def decide(statistic: Statistic, region: Region) -> Judgement:
     """Whether the interval of ``statistic`` lies inside ``region``, outside, or across one of its ends."""
     if statistic.low is None or statistic.high is None:

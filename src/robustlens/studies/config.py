@@ -34,6 +34,8 @@ class MethodConfig(Settings):
         training: overrides single fields of the study's training settings for this method.
         start: where training starts from: the label of a method further up, whose last weights are taken, or a file of
             weights. Without it, from fresh weights.
+        threat: what the robustness of this method's networks is measured against (and what picks their best epoch),
+            where that is not the study's threat: the radius that each was trained for, say.
     """
 
     label: str = Field(min_length=1, max_length=80)
@@ -44,6 +46,7 @@ class MethodConfig(Settings):
     constraints: tuple[Plugin, ...] = ()
     training: dict[str, Any] = Field(default_factory=dict)
     start: str | None = None
+    threat: str | None = None
 
     def resolved(self) -> MethodConfig:
         """The same method with the settings of its preset written out.

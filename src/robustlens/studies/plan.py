@@ -27,8 +27,8 @@ class PlannedRun:
     """One network to train: a method and a seed, resolved to objects and to plain settings.
 
     ``settings`` is what decides the trained weights, with all defaults; its hash is the run's address. The label
-    and the lenses are not part of it: renaming a method or adding a lens trains nothing again. ``start`` is the run, or
-    the file, whose weights training starts from.
+    and the lenses are not part of it: renaming a method or adding a lens trains nothing again. ``threat`` is what it is
+    examined under; ``start`` is the run, or the file, whose weights training starts from.
     """
 
     label: str
@@ -37,6 +37,7 @@ class PlannedRun:
     recipe: Recipe
     training: TrainingConfig
     validation: Attack
+    threat: Lp
     settings: dict[str, Any]
     start: PlannedRun | Path | None = None
 
@@ -50,7 +51,6 @@ class Plan:
     """A study's runs and what to measure on each of them."""
 
     study: StudyConfig
-    threat: Lp
     runs: tuple[PlannedRun, ...]
     lenses: tuple[Scheduled, ...]
 
@@ -66,15 +66,10 @@ def make_plan(study: StudyConfig) -> Plan:
     Raises:
         InputError: an unknown plug-in or field, or a value that does not fit, before anything is written.
     """
-    threat = Lp.parse(study.threat)
     lenses = tuple(schedule(lens) for lens in study.lenses)
-    chosen = {"name": PGD.name, "threat": str(threat), **(study.validation or {})}
-    if chosen["name"] == PGD.name:
-        chosen = {"early_stop": True, **chosen}
-    validation = discovery.build("attack", chosen)
     runs: list[PlannedRun] = []
     for method in study.methods:
-        runs += [_planned(study, method.resolved(), seed, validation, runs) for seed in study.seeds]
+        runs += [_planned(study, method.resolved(), seed, runs) for seed in study.seeds]
     _all_different(runs)
     longest = max(run.training.epochs for run in runs)
     for scheduled in lenses:
@@ -85,7 +80,7 @@ def make_plan(study: StudyConfig) -> Plan:
                 got=str(scheduled.epochs[-1]),
                 fix="Leave it out, or train for more epochs.",
             )
-    return Plan(study, threat, tuple(runs), lenses)
+    return Plan(study, tuple(runs), lenses)
 
 
 def _all_different(runs: Sequence[PlannedRun]) -> None:
@@ -149,9 +144,12 @@ def _start(method: MethodConfig, seed: int, earlier: Sequence[PlannedRun]) -> Pl
     )
 
 
-def _planned(
-    study: StudyConfig, method: MethodConfig, seed: int, validation: Attack, earlier: Sequence[PlannedRun]
-) -> PlannedRun:
+def _planned(study: StudyConfig, method: MethodConfig, seed: int, earlier: Sequence[PlannedRun]) -> PlannedRun:
+    threat = Lp.parse(method.threat or study.threat)
+    chosen = {"name": PGD.name, "threat": str(threat), **(study.validation or {})}
+    if chosen["name"] == PGD.name:
+        chosen = {"early_stop": True, **chosen}
+    validation: Attack = discovery.build("attack", chosen)
     model: Architecture = discovery.build("model", study.model)
     recipe, start = make_recipe(method), _start(method, seed, earlier)
     training = study.training
@@ -175,8 +173,13 @@ def _planned(
     if weights is not None and Path(weights).is_file():  # a path alone does not say which weights training starts from
         settings["weights"] = _sha(Path(weights))
     if start is not None:
-        settings["start"] = start.hash if isinstance(start, PlannedRun) else _sha(start)
-    return PlannedRun(method.label, seed, model, recipe, training, validation, settings, start)
+        settings["start"] = _seedless_hash(start) if isinstance(start, PlannedRun) else _sha(start)
+    return PlannedRun(method.label, seed, model, recipe, training, validation, threat, settings, start)
+
+
+def _seedless_hash(run: PlannedRun) -> str:
+    """The same for all seeds: it is of the seed of the run that starts from it."""
+    return digest({key: part for key, part in run.settings.items() if key != "seed"})
 
 
 def _sha(path: Path) -> str:

@@ -95,7 +95,7 @@ def run_study(
         with directory.lock():
             watch.begin(number * each, len(plan.runs) * each, run.label, "training")
             model = trained(run, splits, directory, plan, watch, out=out)
-            subject = Subject(model, splits, plan.threat, place)
+            subject = Subject(model, splits, run.threat, place)
             for k, scheduled in enumerate(plan.lenses, start=1):
                 watch.begin(number * each + k, len(plan.runs) * each, run.label, scheduled.name)
                 if scheduled.epochs:

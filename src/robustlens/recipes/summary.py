@@ -1,0 +1,87 @@
+"""Everything that was reproduced, on one page of Markdown: the paper beside ours, and the ledger of claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robustlens.claims.ledger import ledger
+from robustlens.report import front
+from robustlens.report.numbers import seconds
+from robustlens.results.runs import read_runs
+from robustlens.results.store import find_runs, write_atomically
+from robustlens.results.verdict import Beside, Entry, Statistic
+
+HEAD = """# The papers, reproduced
+
+Every section was written by the command that stands in it, with `--keep {place}` added; the ledger at the end by
+`robustlens claims {place}`. A number of ours agrees where its whole 95 % interval lies within a tolerance of the
+paper's (the tolerance is in the record beside this page), differs where none of it does, and is undecided else.
+Intervals are over the test images and over the seeds. `paper` scale is the paper's protocol; `laptop` scale keeps the
+protocol and shrinks data, network or epochs, as each section says.
+"""
+
+
+def write_summary(place: Path) -> Path:
+    """Write ``place``.md from the records and the runs below ``place``."""
+    records = [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
+    parts = [HEAD.format(place=f"docs/{place.name}"), *(_section(record, place) for record in records)]
+    entries = ledger(read_runs(find_runs([place])))
+    page = place.with_suffix(".md")
+    write_atomically(page, "\n".join([*parts, _ledger(entries)]).encode())
+    return page
+
+
+def _section(record: dict[str, Any], place: Path) -> str:
+    name = f"{record['recipe']}-{record['scale']}"
+    machine = record["machine"]
+    facts = (
+        f"`{record['command']}` at {record['commit'] or 'version ' + record['version']}, {record['date'][:10]}; "
+        f"{record['networks']} networks, {seconds(record['training_seconds'])} of training on {machine['device']} "
+        f"({machine['cores']} cores, torch {machine['torch']})."
+    )
+    lines = [f"## {record['recipe']} ({record['scale']} scale)\n", f"{record['what']} [{record['paper']}].\n"]
+    lines += [f"{facts}\n", f"{record['differs']}\n"]
+    if record["rows"]:
+        rows = [_beside(row) for row in record["rows"]]
+        lines += [*_table(front.beside(rows, record["what"])), ""]
+        counts = {row.verdict: 0 for row in rows}
+        for row in rows:
+            counts[row.verdict] += 1
+        lines.append(f"{', '.join(f'{count} {verdict}' for verdict, count in counts.items())}.\n")
+        troubles = dict.fromkeys(row.trouble for row in rows if row.trouble)
+        lines += [f"⚠ {trouble}\n" for trouble in troubles]
+    figures = sorted((place / "figures" / name).glob("*.svg"))
+    if figures:
+        links = (f"[{figure.stem}]({place.name}/figures/{name}/{figure.name})" for figure in figures)
+        lines.append(f"Figures: {', '.join(links)}.\n")
+    return "\n".join(lines)
+
+
+def _beside(row: dict[str, Any]) -> Beside:
+    ours = None if row["ours"] is None else Statistic(**row["ours"])
+    return Beside(**{**row, "ours": ours})
+
+
+def _table(found: front.Front) -> list[str]:
+    return [_row(found.header), "|" + " --- |" * len(found.header), *(_row(row) for row in found.rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "∣").replace("\n", " ") for cell in cells) + " |"
+
+
+def _ledger(entries: Sequence[Entry]) -> str:
+    note = front.ledger(entries).note
+    lines = ["## The ledger of claims\n", f"{note}\n", "| claim | paper says | found | verdict |", "|" + " --- |" * 4]
+    for entry in entries:
+        said = f"{entry.sentence} ({entry.paper}, {entry.section}) *{entry.measured}*"
+        found = "<br>".join(
+            f"{verdict.where and verdict.where + ': '}{verdict.says} ({front.evidence(verdict.statistic)}; "
+            f"{verdict.judgement})"
+            for verdict in entry.verdicts
+        )
+        lines.append(_row((f"`{entry.name}`", said, found, f"**{entry.judgement}**")))
+    return "\n".join([*lines, ""])

@@ -1,0 +1,71 @@
+"""What stands at the head of a page: the ledger of claims, and a paper's numbers beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from robustlens.results.verdict import Beside, Entry, Statistic
+
+
+@dataclass(frozen=True)
+class Front:
+    """A table with a verdict at the end of every row; ``rows`` are texts, ``detail`` the words below each."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    detail: tuple[str, ...]
+
+
+def ledger(entries: Sequence[Entry]) -> Front:
+    """A row a claim and setting."""
+    rows, details = [], []
+    for entry in entries:
+        for verdict in entry.verdicts:
+            rows.append(
+                (entry.name, entry.sentence, verdict.where or "—", evidence(verdict.statistic), verdict.judgement)
+            )
+            details.append(f"{entry.paper}, {entry.section}. {entry.measured} {verdict.says}")
+    judged = [entry.judgement for entry in entries]
+    words = ("supported", "contradicted", "undecided", "not run")
+    counts = ", ".join(f"{judged.count(each)} {each}" for each in words if each in judged)
+    note = (
+        f"{len(entries)} claims: {counts}. A claim is supported where the whole 95 % interval lies where the claim puts"
+        " it, contradicted where none of it does, and undecided else."
+    )
+    header = ("claim", "what the paper says", "on", "seeds, examples", "verdict")
+    return Front("Claims", note, header, tuple(rows), tuple(details))
+
+
+def beside(rows: Sequence[Beside], what: str) -> Front:
+    """A row a number of the paper."""
+    cells, details = [], []
+    for row in rows:
+        ours = row.ours
+        percent = ours is not None and ours.unit == "fraction"
+        paper, allowed = _exact(row.paper, percent), _exact(row.tolerance, percent)
+        if ours is None:
+            mine = difference = "—"
+        else:
+            ends = "" if ours.low is None else f" [{_exact(ours.low, percent)}, {_exact(ours.high or 0.0, percent)}]"
+            mine, difference = f"{_exact(ours.value, percent)}{ends}", _exact(ours.value - row.paper, percent)
+        cells.append((row.row, row.column, paper, mine, difference, evidence(ours), row.verdict))
+        details.append(f"Within {allowed} of the paper's number it agrees. {row.trouble}".strip())
+    header = ("row", "column", "paper", "ours", "difference", "seeds, examples", "verdict")
+    return Front("The paper beside ours", f"{what}. Brackets: 95 % intervals.", header, tuple(cells), tuple(details))
+
+
+def _exact(value: float, percent: bool) -> str:
+    """As many digits as papers print."""
+    text = f"{100 * value:.2f} %" if percent else f"{value:.4g}"
+    return text.replace("-", "−")
+
+
+def evidence(statistic: Statistic | None) -> str:
+    """How many seeds and examples are behind a number."""
+    if statistic is None:
+        return "—"
+    seeds = f"{statistic.seeds} seed{'' if statistic.seeds == 1 else 's'}"
+    return seeds if statistic.n is None else f"{seeds}, n = {statistic.n:,}"

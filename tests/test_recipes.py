@@ -1,0 +1,106 @@
+"""Recipes: all can be planned, their numbers have something to stand beside, and what they write can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_evidence import reading, run
+from typer.testing import CliRunner
+
+from robustlens.claims.evidence import Ask
+from robustlens.cli import app
+from robustlens.core.discovery import discover
+from robustlens.recipes.recipe import SCALES, Printed, Recipe, Scale, find_recipe, find_scale, recipes
+from robustlens.recipes.reproduce import compared, parse_seeds
+from robustlens.results.errors import InputError
+from robustlens.results.reading import Outcome
+from robustlens.results.runs import read_runs
+from robustlens.results.store import find_runs
+from robustlens.studies.config import make_study, write_study
+from robustlens.studies.plan import make_plan
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
+def test_every_recipe_can_be_planned(recipe: Recipe, scale: Scale) -> None:
+    studies = [make_study(settings) for settings in recipe.at(scale)]
+    assert recipe.expects[scale] and len({study.name for study in studies}) == len(studies)
+    for study in studies:
+        plan = make_plan(study)
+        assert make_study(json.loads(study.model_dump_json())) == study and write_study(study)
+        if scale == "smoke":
+            assert all(run.training.epochs == 1 for run in plan.runs) and len(study.seeds) == 1
+
+
+@pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
+def test_every_printed_number_has_something_to_stand_beside(recipe: Recipe) -> None:
+    studies = recipe.at("laptop")
+    for printed in recipe.printed:
+        study = studies[printed.study]
+        assert printed.method in [method["label"] for method in study["methods"]]
+        lenses = [lens if isinstance(lens, str) else lens["name"] for lens in study["lenses"]]
+        assert printed.ask.lens.removesuffix(" over epochs") in lenses and printed.ask.lens in discover("lens")
+        assert printed.tolerance > 0
+    places = [(printed.row, printed.column, printed.study, printed.method) for printed in recipe.printed]
+    assert len(set(places)) == len(places)
+
+
+def test_there_is_a_recipe_for_every_paper() -> None:
+    assert {name[:3] for name in recipes()} == {"000", "001", "003", "004"}
+
+
+def test_unknown_names_have_a_nearest_one() -> None:
+    with pytest.raises(InputError, match="004-table1"):
+        find_recipe("004-tabel1")
+    with pytest.raises(InputError, match="laptop"):
+        find_scale("labtop")
+    assert parse_seeds(None) is None and parse_seeds("0, 2") == [0, 2]
+    with pytest.raises(InputError, match="0,1,2"):
+        parse_seeds("0;1")
+
+
+def test_our_number_beside_the_papers() -> None:
+    ask = Ask("accuracy", "robust accuracy")
+
+    def beside(value: float, half: float, **parts: Any) -> str:
+        printed = Printed(row="r", column="c", value=0.5, method="PGD", ask=ask, tolerance=0.1)
+        runs = [run("PGD", [reading("accuracy", {"robust accuracy": (value, half)}, **parts)]), run("other", [])]
+        return compared(printed, runs).verdict
+
+    assert [beside(0.52, 0.05), beside(0.52, 0.09), beside(0.7, 0.05)] == ["agrees", "undecided", "differs"]
+    absent = Printed(row="r", column="c", value=0.5, method="FGSM", ask=ask, tolerance=0.1)
+    assert compared(absent, [run("PGD", [])]).verdict == "not run"
+    doubtful = run(
+        "PGD", [reading("accuracy", {"robust accuracy": (0.5, 0.01)}, outcome=Outcome.unreliable("Masked."))]
+    )
+    row = compared(Printed(row="r", column="c", value=0.5, method="PGD", ask=ask, tolerance=0.1), [doubtful])
+    assert row.trouble == "Masked."
+
+
+def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
+    kept, out = tmp_path / "docs" / "reproduction", tmp_path / "runs"
+    command = ["reproduce", "004-table2", "--scale", "smoke", "--out", str(out), "--keep", str(kept)]
+    for _ in range(2):  # the second time everything is there already
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert "was there already" in result.output
+    record = json.loads((kept / "004-table2-smoke.json").read_text())
+    assert record["command"] == "robustlens reproduce 004-table2 --scale smoke" and len(record["rows"]) == 18
+    assert record["rows"][0]["ours"]["n"] == 20 and (out / "004-table2-smoke.html").is_file()
+    slim = read_runs(find_runs([kept]))
+    assert len(slim) == 6 and all(run.readings for run in slim) and not list(kept.rglob("*.safetensors"))
+    full = {run.hash: run for run in read_runs(find_runs([out]))}
+    for each in slim:
+        ours, theirs = ({(r.lens, r.quantities) for r in run.readings} for run in (each, full[each.hash]))
+        assert ours == theirs
+    text = (tmp_path / "docs" / "reproduction.md").read_text()
+    assert "| ε = 0.4 | test | 99.95 % |" in text and "`004-gap-grows`" in text and record["command"] in text
+    figures = list((kept / "figures" / "004-table2-smoke").glob("*.svg"))
+    assert figures and all(f"(reproduction/figures/004-table2-smoke/{figure.name})" in text for figure in figures)
+    ledger = CliRunner().invoke(app, ["claims", str(kept), "--page", str(tmp_path / "claims.html")])
+    assert ledger.exit_code == 0 and "004-formula-9" in ledger.output
+    page = (tmp_path / "claims.html").read_text()
+    assert 'class="verdict not-run"' in page and "004-formula-9" in page
