@@ -17,7 +17,8 @@ from robustlens.claims.ledger import ledger
 from robustlens.claims.wu_2019 import CLAIMS
 from robustlens.recipes.recipe import SCALES, Recipe, Scale
 from robustlens.recipes.reproduce import compared, reproduce
-from robustlens.recipes.wu_2019 import PUBLISHED, PUBLISHED_ROWS, RECIPES, published
+from robustlens.recipes.wu_2019 import RECIPES
+from robustlens.recipes.wu_2019_published import PUBLISHED, PUBLISHED_ROWS, published
 from robustlens.results.intervals import wilson
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.runs import Run, read_runs
@@ -312,11 +313,10 @@ def test_table1_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs(DATA / "mnist", NETWORKS)
 def test_published_networks(tmp_path: Path) -> None:
-    runs = read_runs(published(NETWORKS, tmp_path, n=10, near=10, scale="smoke"))
+    runs = read_runs(published(NETWORKS, tmp_path, "smoke", "cpu"))
     assert [run.method for run in runs] == list(PUBLISHED)
     rows = {(row.row, row.column): row for row in (compared(printed, runs) for printed in PUBLISHED_ROWS)}
     for label in ("Std, published", "LCR, published", "AMR, published"):
         clean = rows[label, "clean"]
-        assert clean.verdict == "agrees" and clean.ours is not None
-        assert clean.ours.value == pytest.approx(clean.paper, abs=1e-9)
+        assert clean.verdict != "differs" and clean.ours is not None and clean.ours.n == 500
     assert judged("amr-is-real", *runs).statistic is not None

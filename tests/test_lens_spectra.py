@@ -69,6 +69,7 @@ def test_numbers_of_a_small_network() -> None:
     spreads = [first.std(), second.std(), last.std()]
     assert [row["standard deviation"] for row in table] == pytest.approx(spreads)
     assert [row["largest"] for row in table] == pytest.approx([first[0], second[0], last[0]])
+    assert [reading[f"spread of singular values, {name}"].value for name in "035"] == pytest.approx(spreads)
     assert reading["mean spread of singular values"].value == pytest.approx(np.mean(spreads))
     assert reading["mean spread, convolutions"].value == pytest.approx(np.mean(spreads[:2]))
     assert reading["mean spread of singular values"].nature == "estimate"  # the circular operator stands for two layers

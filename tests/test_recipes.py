@@ -27,7 +27,8 @@ from robustlens.studies.plan import make_plan
 @pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
 def test_every_recipe_can_be_planned(recipe: Recipe, scale: Scale) -> None:
     studies = [make_study(settings) for settings in recipe.at(scale)]
-    assert recipe.expects[scale] and len({study.name for study in studies}) == len(studies)
+    assert set(recipe.expects) >= {"laptop", "paper"}
+    assert bool(studies) is (recipe.networks is None)
     for study in studies:
         plan = make_plan(study)
         assert make_study(json.loads(study.model_dump_json())) == study and write_study(study)
@@ -38,6 +39,9 @@ def test_every_recipe_can_be_planned(recipe: Recipe, scale: Scale) -> None:
 @pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
 def test_every_printed_number_has_something_to_stand_beside(recipe: Recipe) -> None:
     studies = recipe.at("laptop")
+    if recipe.networks is not None:
+        assert recipe.printed
+        return
     for printed in recipe.printed:
         study = studies[printed.study]
         assert printed.method in [method["label"] for method in study["methods"]]

@@ -187,6 +187,7 @@ def reproduce(
         str, typer.Option(help="paper; laptop: less data or fewer epochs; smoke: it runs, and nothing more.")
     ] = "laptop",
     seeds: Annotated[str | None, typer.Option(help="0,1,2", show_default="the recipe's")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Directory of published networks, where a recipe asks.")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Also keep the record and the runs' numbers here, without weights.")
     ] = None,
@@ -205,9 +206,11 @@ def reproduce(
         recipe_list(console, recipes().values())
         return
     recipe, size, chosen = find_recipe(name), find_scale(scale), parse_seeds(seeds)
-    console.print(f"{escape(recipe.what)}\n{size} scale: {escape(recipe.expects[size])}", soft_wrap=True)
+    console.print(f"{escape(recipe.what)}\n{size} scale: {escape(recipe.expects.get(size, 'minutes'))}", soft_wrap=True)
     with Show(console) as show:
-        found = carry_out(recipe, size, out, seeds=chosen, overrides=overrides or (), device=device, watch=show)
+        found = carry_out(
+            recipe, size, out, seeds=chosen, overrides=overrides or (), weights=weights, device=device, watch=show
+        )
     front(console, beside(found.rows, recipe.what))
     _say_page(write(found, out, keep))
 

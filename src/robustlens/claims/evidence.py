@@ -44,7 +44,7 @@ class Ask:
 
 
 def over_epochs(lens: str, quantity: str, *, last: bool) -> Ask:
-    """A quantity of a lens that looked after several epochs: after the last of them, or after the first."""
+    """A quantity of a lens that looked after two epochs or more: after the last of them, or after the first."""
     home = f"{lens} over epochs"
 
     def name(run: Run) -> str:
@@ -55,7 +55,7 @@ def over_epochs(lens: str, quantity: str, *, last: bool) -> Ask:
             for q in reading.quantities
         ]
         epochs = [int(epoch) for before, _, epoch in parts if before == quantity]
-        return f"{quantity}, epoch {(max if last else min)(epochs, default=0)}"
+        return f"{quantity}, epoch {(max if last else min)(epochs)}" if len(set(epochs)) > 1 else ""
 
     return Ask(home, name)
 

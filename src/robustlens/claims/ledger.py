@@ -64,7 +64,11 @@ def find_claim(path: str) -> Claim:
 
 
 def ledger(runs: Sequence[Run], judged: Sequence[Claim] | None = None) -> list[Entry]:
-    """Each claim with its verdicts; one that no run bears on is "not run" and says what it needs."""
+    """Each claim with its verdicts; one that no run bears on is "not run" and says what it needs.
+
+    Runs that say nothing of how they were trained (audits of foreign networks) bear on no claim.
+    """
+    runs = [run for run in runs if "objective" in run.config]
     entries = []
     for claim in claims() if judged is None else judged:
         verdicts = tuple(claim.judge(runs)) or (Verdict("not run", "", f"It needs {claim.needs}."),)

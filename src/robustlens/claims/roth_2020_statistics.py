@@ -19,7 +19,7 @@ from robustlens.claims.evidence import (
     is_trained_against,
     strength,
 )
-from robustlens.claims.statistics import Judge, Z, _by_configuration, _error, _verdict, linear
+from robustlens.claims.statistics import Judge, Z, by_configuration, error_of, linear, verdict_of
 from robustlens.results.reading import Quantity, Reading
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import Region, Verdict
@@ -69,7 +69,7 @@ class Quotient(Ask):
         (a, reading), (b, other) = above, below
         if a.value <= 0 or b.value <= 0:
             return None
-        ratio, errors = a.value / b.value, (_error(a), _error(b))
+        ratio, errors = a.value / b.value, (error_of(a), error_of(b))
         half = Z * ratio * hypot((errors[0] or 0) / a.value, (errors[1] or 0) / b.value)
         low, high = (None, None) if None in errors else (ratio - half, ratio + half)
         n = min((each.n for each in (a, b) if each.n is not None), default=None)
@@ -119,7 +119,7 @@ def line(
     way = " → ".join(f"{np.mean([by[each][seed][0].value for seed in seeds]):.4g}" for each in x)
     first = by[x[0]][seeds[0]][0]
     text = f"{first.name} {way} at {over} = {', '.join(f'{each:.4g}' for each in x)}"
-    return _verdict(samples, region, where, text, first.unit, "change over that range")
+    return verdict_of(samples, region, where, text, first.unit, "change over that range")
 
 
 def over_threats(lens: str, quantity: str, region: Region, *, member: Part) -> Judge:
@@ -139,7 +139,7 @@ def over_threats(lens: str, quantity: str, region: Region, *, member: Part) -> J
         ]
         return [verdict for verdict in lines if verdict is not None]
 
-    return lambda runs: [v for group in _by_configuration(filter(member, runs)).values() for v in judged(group)]
+    return lambda runs: [v for group in by_configuration(filter(member, runs)).values() for v in judged(group)]
 
 
 def over_steps(ask: Ask, region: Region, *, huge: bool) -> Judge:

@@ -4,8 +4,9 @@ Each returns ``judge(runs) -> [Verdict, …]``, one verdict for each setting tha
 
 A linear statistic v = Σ_j w_j q_j of quantities q_j has the standard error √(Σ w_j² se_j²) over examples, where se_j is
 what the quantity's own interval says. It is not divided by the number of seeds, because all networks of a setting see
-the same examples. Over k > 1 seeds v is averaged, and t_{k−1} s / √k is its error over seeds. The half width of the
-interval is the root of the sum of both squares.
+the same examples. An exact quantity (a margin over all training images, say) has no such error: with one seed it speaks
+of one network, as the number of seeds beside it says. Over k > 1 seeds v is averaged, and t_{k−1} s / √k is its error
+over seeds. The half width of the interval is the root of the sum of both squares.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def over_seeds(samples: Sequence[Sample], unit: str = "") -> Statistic:
 def linear(weights: Sequence[float], found: Sequence[tuple[Quantity, Reading]]) -> Sample:
     """Σ w_j q_j for one seed."""
     value = sum(w * quantity.value for w, (quantity, _) in zip(weights, found, strict=True))
-    errors = [_error(quantity) for quantity, _ in found]
+    errors = [error_of(quantity) for quantity, _ in found]
     error = None if None in errors else sqrt(sum((w * (e or 0.0)) ** 2 for w, e in zip(weights, errors, strict=True)))
-    return Sample(value, error, _least(found), _trouble(found))
+    return Sample(value, error, _least(found), trouble_of(found))
 
 
 def trend(ask: Ask, region: Region, *, member: Part, per: str = "over the range of radii", least: float = 0.0) -> Judge:
@@ -80,7 +81,7 @@ def trend(ask: Ask, region: Region, *, member: Part, per: str = "over the range 
         middle = [float(np.mean([row[eps][0].value for row in rows])) for eps in strengths]
         way = " → ".join(f"{value:.4g}" for value in middle)
         radii = ", ".join(f"{eps:.4g}" for eps in strengths)
-        return _verdict(samples, region, family.where, f"{_name(ask, rows)} {way} at ε = {radii}", unit, per)
+        return verdict_of(samples, region, family.where, f"{_name(ask, rows)} {way} at ε = {radii}", unit, per)
 
     return lambda runs: [v for family in families(runs, member) if (v := judged(family)) is not None]
 
@@ -91,7 +92,7 @@ def compare(
     """A quantity of one method minus that of another, or over it; each setting's runs are paired by seed.
 
     ``against`` is what is asked of the second, where that is another quantity. Where several configurations play the
-    same part, every pair is judged.
+    same part, every pair is judged. Readings under different threats are not compared, unless each is ``own``.
     """
 
     def judged(a: Mapping[int, Run], b: Mapping[int, Run]) -> Verdict | None:
@@ -100,21 +101,23 @@ def compare(
             for seed in sorted(set(a) & set(b))
             if (found := ask.of(a[seed])) is not None and (other := (against or ask).of(b[seed])) is not None
         ]
-        if not pairs:
+        if not pairs or not (ask.own or _alike(pairs)):
             return None
         one, two = (next(iter(runs.values())) for runs in (a, b))
         where = f"{describe(one)}: {one.method} and {two.method}"
         values = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
         text = f"{pairs[0][0][0].name} {values[0]:.4g} and {values[1]:.4g}"
+        if ratio and min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
+            return Verdict("undecided", where, f"{text}; a ratio needs positive numbers.")
         if ratio:
-            return _verdict([_ratio(*pair) for pair in pairs], region, where, text, "", "ratio", logarithmic=True)
+            return verdict_of([_ratio(*pair) for pair in pairs], region, where, text, "", "ratio", logarithmic=True)
         samples = [linear([1.0, -1.0], pair) for pair in pairs]
-        return _verdict(samples, region, where, text, pairs[0][0][0].unit, "difference")
+        return verdict_of(samples, region, where, text, pairs[0][0][0].unit, "difference")
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         found = []
         for group in _by(setting, runs).values():
-            ones, others = (list(_by_configuration(filter(part, group)).values()) for part in (first, second))
+            ones, others = (list(by_configuration(filter(part, group)).values()) for part in (first, second))
             found += [v for a in ones for b in others if a is not b and (v := judged(a, b)) is not None]
         return found
 
@@ -131,10 +134,10 @@ def value(ask: Ask, region: Region, *, member: Part) -> Judge:
         one = next(iter(runs.values()))
         samples = [linear([1.0], [each]) for each in found]
         text = found[0][0].name
-        return _verdict(samples, region, f"{describe(one)}: {one.method}", text, found[0][0].unit, "value")
+        return verdict_of(samples, region, f"{describe(one)}: {one.method}", text, found[0][0].unit, "value")
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
-        groups = _by_configuration(filter(member, runs)).values()
+        groups = by_configuration(filter(member, runs)).values()
         return [v for group in groups if (v := judged(group)) is not None]
 
     return judge
@@ -154,27 +157,34 @@ def within(ask: Ask, against: Ask, region: Region, *, member: Part, ratio: bool 
         one = next(iter(runs.values()))
         middle = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
         text = f"{pairs[0][0][0].name} {middle[0]:.4g}, {pairs[0][1][0].name} {middle[1]:.4g}"
-        samples = [_ratio(*pair) if ratio else linear([1.0, -1.0], pair) for pair in pairs]
         where, kind = f"{describe(one)}: {one.method}", "ratio" if ratio else "difference"
-        return _verdict(samples, region, where, text, "" if ratio else pairs[0][0][0].unit, kind, logarithmic=ratio)
+        if ratio and min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
+            return Verdict("undecided", where, f"{text}; a ratio needs positive numbers.")
+        samples = [_ratio(*pair) if ratio else linear([1.0, -1.0], pair) for pair in pairs]
+        return verdict_of(samples, region, where, text, "" if ratio else pairs[0][0][0].unit, kind, logarithmic=ratio)
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
-        groups = _by_configuration(filter(member, runs)).values()
+        groups = by_configuration(filter(member, runs)).values()
         return [v for group in groups if (v := judged(group)) is not None]
 
     return judge
 
 
+def _alike(pairs: Sequence[tuple[tuple[Quantity, Reading], tuple[Quantity, Reading]]]) -> bool:
+    """Whether all readings are of one threat."""
+    return len({str(reading.settings.get("threat")) for pair in pairs for _, reading in pair}) == 1
+
+
 def _ratio(a: tuple[Quantity, Reading], b: tuple[Quantity, Reading]) -> Sample:
-    """log(a / b) for one seed; both are positive."""
-    errors = [_error(quantity) for quantity, _ in (a, b)]
+    """log(a / b) for one seed."""
+    errors = [error_of(quantity) for quantity, _ in (a, b)]
     (one, _), (two, _) = a, b
     known = None not in errors
     error = hypot((errors[0] or 0.0) / one.value, (errors[1] or 0.0) / two.value) if known else None
-    return Sample(log(one.value / two.value), error, _least([a, b]), _trouble([a, b]))
+    return Sample(log(one.value / two.value), error, _least([a, b]), trouble_of([a, b]))
 
 
-def _verdict(
+def verdict_of(
     samples: Sequence[Sample],
     region: Region,
     where: str,
@@ -202,7 +212,7 @@ def _shown(statistic: Statistic) -> str:
     return f"{statistic.value:.4g}{interval}{statistic.unit and ' '}{statistic.unit}"
 
 
-def _error(quantity: Quantity) -> float | None:
+def error_of(quantity: Quantity) -> float | None:
     if quantity.low is None or quantity.high is None:
         return 0.0 if quantity.nature == "exact" else None
     return (quantity.high - quantity.low) / (2 * Z)
@@ -212,7 +222,7 @@ def _least(found: Sequence[tuple[Quantity, Reading]]) -> int | None:
     return min((quantity.n for quantity, _ in found if quantity.n is not None), default=None)
 
 
-def _trouble(found: Sequence[tuple[Quantity, Reading]]) -> str:
+def trouble_of(found: Sequence[tuple[Quantity, Reading]]) -> str:
     return next((reading.outcome.why for _, reading in found if reading.outcome.status == "unreliable"), "")
 
 
@@ -238,7 +248,7 @@ def _by(key: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
-def _by_configuration(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
+def by_configuration(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
     """Seeds of each configuration."""
     grouped: dict[str, dict[int, Run]] = {}
     for run in runs:

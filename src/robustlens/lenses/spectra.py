@@ -246,6 +246,12 @@ def _quantities(found: Sequence[_Measured], suffix: str) -> list[Quantity]:
     if convolutions:
         mean = sum(convolutions) / len(convolutions)
         summary.append(Quantity("mean spread, convolutions", mean, n=len(convolutions), nature=nature))
+    summary += [
+        Quantity(
+            f"spread of singular values, {one.layer.name}", spread, nature="exact" if one.layer.exact else "estimate"
+        )
+        for one, spread in zip(found, spreads, strict=True)
+    ]
     return [replace(quantity, name=quantity.name + suffix) for quantity in summary]
 
 

@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from robustlens.claims.evidence import Ask
 from robustlens.core.discovery import discover, modules
 from robustlens.results.errors import InputError, unknown_name
+from robustlens.results.store import RunDirectory
 
 #: How large a study is made. ``paper``: as the paper has it. ``laptop``: less data, width or fewer epochs, hours of two
 #: cores. ``smoke``: an epoch on a few images, which shows that everything runs and nothing else.
@@ -50,15 +52,18 @@ class Recipe:
         what: the table or figure and what it shows.
         studies: settings of the studies at a scale, as a study file would have them. Recipes that look at the same
             networks give their study one name, and the networks are trained once; else it is the recipe's.
+        networks: in place of studies, looks at networks that exist already: (directory of their weights, directory for
+            runs, scale, device) → runs.
         printed: the paper's numbers; none for a figure without numbers.
-        expects: time and machine by scale, measured or (said so) estimated.
+        expects: time and machine at laptop and paper scale, measured or (said so) estimated; smoke takes minutes.
         differs: what is not as in the paper at ``paper`` scale, and what the other scales change; sentences.
     """
 
     name: str
     paper: str
     what: str
-    studies: Callable[[Scale], Sequence[Mapping[str, Any]]]
+    studies: Callable[[Scale], Sequence[Mapping[str, Any]]] = lambda scale: ()
+    networks: Callable[[Path, Path, Scale, str], list[RunDirectory]] | None = None
     printed: tuple[Printed, ...] = ()
     expects: Mapping[Scale, str]
     differs: str = ""

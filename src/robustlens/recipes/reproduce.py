@@ -47,16 +47,29 @@ def reproduce(
     *,
     seeds: Sequence[int] | None = None,
     overrides: Iterable[str] = (),
+    weights: Path | None = None,
     device: str = "auto",
     watch: StudyWatch | None = None,
 ) -> Reproduction:
     """Train and look as ``recipe`` says, at ``scale``; interrupted, it goes on where it stopped.
 
+    ``weights`` is the directory of published networks, for recipes that look at those.
+
     Raises:
-        InputError: data that is not here, an override that does not fit.
+        InputError: data or weights that are not here, an override that does not fit.
     """
     overrides = list(overrides)
     groups: list[list[RunDirectory]] = []
+    if recipe.networks is not None:
+        if weights is None or not weights.is_dir():
+            raise InputError(
+                f"weights of {recipe.name}",
+                expected="the directory of the published networks",
+                got="none" if weights is None else str(weights),
+                fix="Name it with --weights.",
+            )
+        home = Path(out) / (recipe.name if scale == "paper" else f"{recipe.name}-{scale}")
+        groups.append(recipe.networks(weights, home, scale, device))
     for settings in recipe.at(scale):
         if seeds is not None:
             settings["seeds"] = list(seeds)
@@ -68,6 +81,7 @@ def reproduce(
     rows = tuple(compared(printed, runs[printed.study]) for printed in recipe.printed)
     flags = "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
     flags += "".join(f" --set {each}" for each in overrides)
+    flags += "" if weights is None else " --weights DIRECTORY"
     flags += "" if device == "auto" else f" --device {device}"
     first = runs[0][0].provenance
     record = {
@@ -133,10 +147,12 @@ def parse_seeds(text: str | None) -> list[int] | None:
 
 
 def copy_slim(run: RunDirectory, to: Path) -> None:
-    """A run's configuration and its readings' numbers."""
+    """A run's configuration, its epochs and its readings' numbers."""
     shutil.rmtree(to, ignore_errors=True)
     record = run.read_json("run.json")
     write_atomically(to / "run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    if (run.path / "metrics.jsonl").is_file():
+        write_atomically(to / "metrics.jsonl", (run.path / "metrics.jsonl").read_bytes())
     for file in sorted((run.path / "readings").glob("[!.]*/reading.json")):
         reading = json.loads(file.read_text()) | {"panels": []}
         text = json.dumps(reading, indent=1, ensure_ascii=False) + "\n"

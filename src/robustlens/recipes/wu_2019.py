@@ -10,18 +10,10 @@ Methods are given as the authors ran them ("paper") and as printed ("sound"); wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from robustlens.core.discovery import build
-from robustlens.data.config import DataConfig
-from robustlens.data.sources import load
-from robustlens.methods.preset import find_preset
-from robustlens.models.adapter import load_weights
 from robustlens.recipes.recipe import Recipe, Scale
 from robustlens.recipes.wu_2019_numbers import RADII, TABLE1, TABLE2, rows, threat
-from robustlens.results.store import RunDirectory
-from robustlens.studies.audit import audit
 
 PAPER = "Wu & Yu 2019, arXiv 1907.11780"
 LABELS = ("Std", "LCR, paper", "LCR, sound", "AMR, paper", "AMR, sound")
@@ -32,6 +24,8 @@ NAMES = {"Std": "standard", "LCR": "orthogonality", "AMR": "average-margin", "Ad
 KEPT = "2 % of the training images are kept for validation, which the paper does not do; the last epoch counts."
 #: Data that is left of the training set at laptop scale, and epochs of its networks.
 CIFAR_IMAGES = 5_000
+#: More examples than any split has.
+ALL = 100_000
 
 
 def method(data: str, short: str, label: str, epochs: int | None = None) -> dict[str, Any]:
@@ -54,16 +48,16 @@ def attacked(data: str, scale: Scale, n: int, *, at: float | None = None) -> lis
             "name": "accuracy",
             "radii": [0.0],
             "attack": {"name": "pgd", "threat": threat(0.0)},
-            "n_examples": None,
+            "n_examples": 500 if scale == "smoke" else ALL,
             "pictures": 0,
         }
     ]
     for eps in RADII[data]:
         pgd = {"name": "pgd", "threat": threat(eps), "steps": steps, "step_size": 0.01, "grad_floor": 1e-6}
-        of = None if scale == "paper" else n
+        of = ALL if scale == "paper" else n
         found.append({"name": "accuracy", "radii": [eps], "attack": pgd, "n_examples": of, "pictures": 0})
     stalls = {"name": "pgd", "threat": threat(largest), "steps": 100, "step_size": largest / 20, "grad_floor": 1e-6}
-    found.append({"name": "standard-accuracy", "n_examples": some})
+    found.append({"name": "standard-accuracy", "n_examples": some, "effort": 0.02 if scale == "smoke" else 1.0})
     found.append({"name": "health", "attack": stalls, "n_examples": some})
     return found
 
@@ -71,7 +65,7 @@ def attacked(data: str, scale: Scale, n: int, *, at: float | None = None) -> lis
 def watched(when: str, n: int, *, linear: bool = False) -> list[dict[str, Any]]:
     """Margins and errors over the epochs."""
     distance = {"name": "boundary-distance", "n_examples": n, "pictures": 0}
-    gap = {"name": "generalisation-gap", "n_examples": None, "robust": False, "when": when}
+    gap = {"name": "generalisation-gap", "n_examples": ALL, "robust": False, "when": when}
     return [{"name": "linear-margins", "when": when} if linear else {**distance, "when": when}, gap, distance]
 
 
@@ -116,7 +110,7 @@ def figure1(scale: Scale) -> list[dict[str, Any]]:
             ],
             "lenses": [
                 {"name": "linear-margins", "when": when},
-                {"name": "generalisation-gap", "n_examples": None, "robust": False, "when": when},
+                {"name": "generalisation-gap", "n_examples": ALL, "robust": False, "when": when},
             ],
         }
     ]
@@ -209,46 +203,6 @@ def cifar_table2(scale: Scale) -> list[dict[str, Any]]:
         table2("cifar10", scale, n=100, epochs=10, attacks=3),
         small("cifar10", scale, n=100, epochs=10),
     ]
-
-
-# The authors' own networks
-
-PUBLISHED = {
-    "Std, published": ("mnist-cnn-std", "mnist-cnn", "standard/mnist-cnn"),
-    "LCR, published": ("mnist-cnn-lcr", "mnist-cnn", "orthogonality/mnist-cnn@paper"),
-    "AMR, published": ("mnist-cnn-amr", "mnist-cnn", "average-margin/mnist-cnn@paper"),
-    "LR, published": ("mnist-lr-std", "softmax-regression", "standard/mnist-softmax-regression"),
-}
-#: The MNIST-CNN rows of Table 1, for which these networks stand.
-PUBLISHED_ROWS = tuple(
-    rows("mnist", TABLE1["mnist", "cnn"], [label for label in PUBLISHED if not label.startswith("LR")])
-)
-
-
-def published(
-    place: Path, out: Path, *, n: int = 200, near: int = 500, scale: Scale = "laptop", device: str = "auto"
-) -> list[RunDirectory]:
-    """Look at the networks of watml/rob-margin in ``place``, without training anything.
-
-    The runs say how they were trained as far as the authors' code and their stored losses tell it, so that claims can
-    tell them apart: the networks of Table 1 are the authors', not ours, and are compared among themselves alone.
-    """
-    splits = load(DataConfig(source="mnist"))
-    found = []
-    for label, (file, architecture, name) in PUBLISHED.items():
-        model = build("model", architecture).build(splits.shape, len(splits.classes))
-        load_weights(model, place / f"{file}.safetensors")
-        lenses = [*attacked("mnist", scale, n), {"name": "boundary-distance", "n_examples": near}]
-        lenses += [{"name": "linear-margins"}] if architecture == "softmax-regression" else []
-        largest = threat(RADII["mnist"][-1])
-        run = audit(model, splits, threat=largest, lenses=lenses, label=label, out=out, device=device)
-        preset, protocol = find_preset(name)
-        record = run.read_json("run.json")
-        trained = {"regularizers": [], "constraints": [], "update": "descend", **preset.settings(protocol)}
-        subject = {"data": {"source": "mnist"}, "model": {"name": architecture, "weights": "published"}}
-        run.write_json("run.json", {**record, "config": {**record["config"], **trained, **subject}})
-        found.append(run)
-    return found
 
 
 RECIPES: tuple[Recipe, ...] = (
