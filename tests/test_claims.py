@@ -13,11 +13,11 @@ from small_evidence import reading, run
 
 from robustlens.claims.evidence import (
     Ask,
+    AtEpoch,
     families,
     is_regularized,
     is_standard,
     is_trained_against,
-    over_epochs,
     strength,
 )
 from robustlens.claims.ledger import Claim, claims, find_claim, ledger
@@ -131,8 +131,10 @@ def test_what_is_asked() -> None:
     best = Ask("accuracy", "robust").of(many)
     assert best is not None and best[0].n == 5000
     epochs = run("long", [reading("gap over epochs", {f"loss, epoch {e}": float(e) for e in (10, 2, 30)})])
-    ends = [over_epochs("gap", "loss", last=last).of(epochs) for last in (False, True)]
-    assert [each[0].value for each in ends if each] == [2.0, 30.0]
+    ends = [AtEpoch("gap", "loss", pick=pick).of(epochs) for pick in ("first", "last", "smallest")]  # type: ignore[arg-type]
+    assert [each[0].value for each in ends if each] == [2.0, 30.0, 2.0]
+    later = AtEpoch("gap", "loss", since=3).of(epochs)
+    assert later is not None and later[0].value == 10.0 and AtEpoch("gap", "loss", since=31).of(epochs) is None
     assert strength(run("noise", [], objective="noise linf:0.25")) == 0.25
     assert strength(run("trades", [], objective="trades")) is None
 

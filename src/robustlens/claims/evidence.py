@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from robustlens.results.reading import Quantity, Reading
 from robustlens.results.runs import Run, seedless
@@ -43,21 +43,36 @@ class Ask:
         return max(found, key=lambda each: each[0].n or 0, default=None)
 
 
-def over_epochs(lens: str, quantity: str, *, last: bool) -> Ask:
-    """A quantity of a lens that looked after two epochs or more: after the last of them, or after the first."""
-    home = f"{lens} over epochs"
+@dataclass(frozen=True)
+class AtEpoch(Ask):
+    """A quantity of a lens that looked after several epochs.
 
-    def name(run: Run) -> str:
-        parts = [
-            q.name.rpartition(", epoch ")
-            for reading in run.readings
-            if reading.lens == home
-            for q in reading.quantities
-        ]
-        epochs = [int(epoch) for before, _, epoch in parts if before == quantity]
-        return f"{quantity}, epoch {(max if last else min)(epochs)}" if len(set(epochs)) > 1 else ""
+    ``pick`` is the first of them from ``since`` on, the last, or the one at which the quantity is the smallest.
+    """
 
-    return Ask(home, name)
+    pick: Literal["first", "last", "smallest"] = "first"
+    since: int = 1
+
+    def of(self, run: Run) -> tuple[Quantity, Reading] | None:
+        assert isinstance(self.quantity, str)
+        found = [each for each in epochs(run, self.lens, self.quantity) if each[0] >= self.since]
+        if not found:
+            return None
+        by_value = min(found, key=lambda each: each[1].value)
+        _, quantity, reading = {"first": found[0], "last": found[-1], "smallest": by_value}[self.pick]
+        return quantity, reading
+
+
+def epochs(run: Run, lens: str, quantity: str) -> list[tuple[int, Quantity, Reading]]:
+    """What a lens found after each epoch, in order."""
+    found = []
+    for reading in run.readings:
+        if reading.lens == f"{lens} over epochs" and reading.outcome.status != "failed":
+            for each in reading.quantities:
+                name, _, epoch = each.name.rpartition(", epoch ")
+                if name == quantity:
+                    found.append((int(epoch), each, reading))
+    return sorted(found, key=lambda each: each[0])
 
 
 def radius(reading: Reading) -> float | None:

@@ -9,10 +9,10 @@ alarms or not; the claims of robustness themselves by `standard-accuracy` and `h
 
 from __future__ import annotations
 
-from robustlens.claims.evidence import Ask, is_regularized, is_standard, over_epochs
+from robustlens.claims.evidence import Ask, AtEpoch, is_regularized, is_standard
 from robustlens.claims.ledger import Claim
 from robustlens.claims.statistics import Judge, compare, value, within
-from robustlens.claims.wu_2019_statistics import AtEpoch, Lost, Reported, both, change, costs, network, several, towards
+from robustlens.claims.wu_2019_statistics import Lost, Reported, both, change, costs, network, several, towards
 from robustlens.results.verdict import FALLS, RISES, Region
 
 PAPER = "Wu & Yu 2019, arXiv 1907.11780"
@@ -71,7 +71,7 @@ def claim(name: str, section: str, sentence: str, measured: str, judge: Judge, n
 def overfitting(lens: str) -> Judge:
     """The test error after the last epoch looked at, minus the smallest after any of them."""
     name = "error, test"
-    last, best = over_epochs(lens, name, last=True), AtEpoch(lens, name, pick="smallest")
+    last, best = AtEpoch(lens, name, pick="last"), AtEpoch(lens, name, pick="smallest")
     return within(last, best, NO_MORE, member=several(lens, name, is_standard))
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustlens.claims.evidence import Ask, Part, describe, is_standard, name_of, over_epochs, radius, setting
+from robustlens.claims.evidence import Ask, AtEpoch, Part, describe, epochs, is_standard, name_of, radius, setting
 from robustlens.claims.statistics import Judge, Sample, over_seeds, value, within
 from robustlens.results.intervals import wilson
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -61,42 +61,6 @@ class Lost(Ask):
         return Quantity(name, lost / n, "fraction", *wilson(lost, n), n), reading
 
 
-@dataclass(frozen=True)
-class AtEpoch(Ask):
-    """A quantity of a lens that looked after several epochs.
-
-    ``pick`` is the first of them from ``since`` on, or the one at which the quantity is the smallest.
-    """
-
-    pick: Literal["first", "smallest"] = "first"
-    since: int = 1
-
-    def of(self, run: Run) -> tuple[Quantity, Reading] | None:
-        assert isinstance(self.quantity, str)
-        found = {
-            epoch: (quantity, reading)
-            for epoch, quantity, reading in epochs(run, self.lens, self.quantity)
-            if epoch >= self.since
-        }
-        if not found:
-            return None
-        if self.pick == "smallest":
-            return min(found.values(), key=lambda each: each[0].value)
-        return found[min(found)]
-
-
-def epochs(run: Run, lens: str, quantity: str) -> list[tuple[int, Quantity, Reading]]:
-    """What a lens found after each epoch, in order."""
-    found = []
-    for reading in run.readings:
-        if reading.lens == f"{lens} over epochs" and reading.outcome.status != "failed":
-            for each in reading.quantities:
-                name, _, epoch = each.name.rpartition(", epoch ")
-                if name == quantity:
-                    found.append((int(epoch), each, reading))
-    return sorted(found, key=lambda each: each[0])
-
-
 def several(lens: str, quantity: str, member: Part, since: int = 1) -> Part:
     """Runs that a lens looked at after at least two epochs from ``since`` on."""
     return lambda run: member(run) and sum(epoch >= since for epoch, _, _ in epochs(run, lens, quantity)) > 1
@@ -104,7 +68,7 @@ def several(lens: str, quantity: str, member: Part, since: int = 1) -> Part:
 
 def change(lens: str, quantity: str, region: Region, *, member: Part = is_standard, since: int = 1) -> Judge:
     """A quantity after the last epoch looked at, minus what it was after the first one from ``since`` on."""
-    last, first = over_epochs(lens, quantity, last=True), AtEpoch(lens, quantity, since=since)
+    last, first = AtEpoch(lens, quantity, pick="last"), AtEpoch(lens, quantity, since=since)
     return within(last, first, region, member=several(lens, quantity, member, since))
 
 
@@ -113,7 +77,7 @@ def towards(lens: str, quantity: str, region: Region) -> Judge:
 
     What still grows from the last epoch but one on is undecided: a limit is not refuted before it is reached.
     """
-    judged = value(over_epochs(lens, quantity, last=True), region, member=is_standard)
+    judged = value(AtEpoch(lens, quantity, pick="last"), region, member=is_standard)
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         found = []
