@@ -167,7 +167,7 @@ def test_accuracies_at_different_radii_are_no_trend() -> None:
     assert judged(name, [Run(**{**vars(r), "readings": [o]}) for r, o in zip(runs, own, strict=True)]) == []
     both = [Run(**{**vars(r), "readings": [o, *r.readings]}) for r, o in zip(runs, own, strict=True)]
     (verdict,) = BY_NAME[name].judge(both)
-    assert verdict.where.endswith("attacked at linf:0.1")
+    assert verdict.where.endswith("measured at linf:0.1")
 
 
 def _at(of: Run, found: Reading) -> Reading:

@@ -17,14 +17,13 @@ from robustlens.claims.ledger import Claim
 from robustlens.claims.roth_2020_statistics import (
     Quotient,
     at_each_radius,
-    at_each_threat,
     is_adversarial,
     is_data_dependent,
     is_global,
     over_steps,
     over_threats,
 )
-from robustlens.claims.statistics import Judge, compare, value, within
+from robustlens.claims.statistics import Judge, at_each_threat, compare, value, within
 from robustlens.results.runs import Run
 from robustlens.results.verdict import FALLS, RISES, Region
 

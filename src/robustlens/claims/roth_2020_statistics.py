@@ -3,11 +3,9 @@ quantities, one lens at several threats, and networks that differ in the step si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import hypot
-
-import numpy as np
 
 from robustlens.claims.evidence import (
     Ask,
@@ -19,12 +17,10 @@ from robustlens.claims.evidence import (
     is_trained_against,
     strength,
 )
-from robustlens.claims.statistics import Judge, Z, by_configuration, error_of, linear, verdict_of
-from robustlens.results.reading import Quantity, Reading
+from robustlens.claims.statistics import Found, Judge, Z, by_configuration, error_of, line
+from robustlens.results.reading import Quantity
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import Region, Verdict
-
-Found = tuple[Quantity, Reading]
 
 
 def is_adversarial(run: Run) -> bool:
@@ -77,20 +73,6 @@ class Quotient(Ask):
         return Quantity(f"{a.name} / {b.name}", ratio, "", low, high, n), worse
 
 
-def at_each_threat(lens: str, make: Callable[[Mapping[str, str]], Judge]) -> Judge:
-    """The judge that ``make`` gives for the settings of each threat that a lens was used with."""
-
-    def judge(runs: Sequence[Run]) -> list[Verdict]:
-        seen = {r.settings.get("threat") for run in runs for r in run.readings if r.lens == lens}
-        return [
-            replace(verdict, where=f"{verdict.where}, measured at {threat}")
-            for threat in sorted(str(each) for each in seen if each is not None)
-            for verdict in make({"threat": threat})(runs)
-        ]
-
-    return judge
-
-
 def at_each_radius(judge: Judge) -> Judge:
     """``judge`` among the runs of each radius of training, and those that have none."""
 
@@ -99,27 +81,6 @@ def at_each_radius(judge: Judge) -> Judge:
         return [v for r in sorted(radii) for v in judge([run for run in runs if radius_of(run) in (r, None)])]
 
     return judged
-
-
-def line(
-    by: Mapping[float, Mapping[int, Found]], region: Region, where: str, over: str, *, log: bool
-) -> Verdict | None:
-    """The change along the least-squares line of what each seed found, over x or log x, from the least x to the most.
-
-    ``by`` is x → seed → what was found; seeds that some x lacks are left out. None with fewer than two x, or no seed.
-    """
-    x = sorted(by)
-    seeds = sorted(set.intersection(*(set(by[each]) for each in x))) if x else []
-    if len(x) < 2 or not seeds:
-        return None
-    place = np.log(x) if log else np.array(x)
-    away = place - place.mean()
-    weights = away / (away @ away) * (place[-1] - place[0])
-    samples = [linear(weights.tolist(), [by[each][seed] for each in x]) for seed in seeds]
-    way = " → ".join(f"{np.mean([by[each][seed][0].value for seed in seeds]):.4g}" for each in x)
-    first = by[x[0]][seeds[0]][0]
-    text = f"{first.name} {way} at {over} = {', '.join(f'{each:.4g}' for each in x)}"
-    return verdict_of(samples, region, where, text, first.unit, "change over that range")
 
 
 def over_threats(lens: str, quantity: str, region: Region, *, member: Part) -> Judge:
@@ -134,7 +95,7 @@ def over_threats(lens: str, quantity: str, region: Region, *, member: Part) -> J
                     by.setdefault(norm, {}).setdefault(float(eps), {})[seed] = found
         one = next(iter(runs.values()))
         lines = [
-            line(found, region, f"{describe(one)}: {one.method}, measured in {norm}", "ε", log=False)
+            line(found, region, f"{describe(one)}: {one.method}, measured in {norm}", "ε")
             for norm, found in sorted(by.items())
         ]
         return [verdict for verdict in lines if verdict is not None]

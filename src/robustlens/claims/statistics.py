@@ -12,7 +12,7 @@ over seeds. The half width of the interval is the root of the sum of both square
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, hypot, log, sqrt
 
 import numpy as np
@@ -24,6 +24,7 @@ from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import Region, Statistic, Verdict, decide
 
 Judge = Callable[[Sequence[Run]], list[Verdict]]
+Found = tuple[Quantity, Reading]
 
 #: Half the width of a 95 % interval, in standard errors.
 Z = 1.959964
@@ -54,7 +55,7 @@ def over_seeds(samples: Sequence[Sample], unit: str = "") -> Statistic:
     return Statistic(mean, mean - half, mean + half, k, n, unit)
 
 
-def linear(weights: Sequence[float], found: Sequence[tuple[Quantity, Reading]]) -> Sample:
+def linear(weights: Sequence[float], found: Sequence[Found]) -> Sample:
     """Σ w_j q_j for one seed."""
     value = sum(w * quantity.value for w, (quantity, _) in zip(weights, found, strict=True))
     errors = [error_of(quantity) for quantity, _ in found]
@@ -62,28 +63,43 @@ def linear(weights: Sequence[float], found: Sequence[tuple[Quantity, Reading]]) 
     return Sample(value, error, _least(found), trouble_of(found))
 
 
-def trend(ask: Ask, region: Region, *, member: Part, per: str = "over the range of radii", least: float = 0.0) -> Judge:
+def trend(ask: Ask, region: Region, *, member: Part, least: float = 0.0) -> Judge:
     """The change of a quantity along the least-squares line over the strengths of training, from least to most.
 
     ``member`` says which runs are of the family; ``least`` leaves out weaker ones (standard training has strength 0).
     """
 
     def judged(family: Family) -> Verdict | None:
-        strengths = [eps for eps in family.by_strength if eps >= least]
-        rows = _complete({eps: family.by_strength[eps] for eps in strengths}, ask)
-        strengths = [eps for eps in strengths if rows and eps in rows[0]]
-        if len(strengths) < 2:
-            return None
-        x = np.array(strengths) - np.mean(strengths)
-        weights = x / (x @ x) * (strengths[-1] - strengths[0])
-        samples = [linear(weights.tolist(), [row[eps] for eps in strengths]) for row in rows]
-        unit = rows[0][strengths[0]][0].unit
-        middle = [float(np.mean([row[eps][0].value for row in rows])) for eps in strengths]
-        way = " → ".join(f"{value:.4g}" for value in middle)
-        radii = ", ".join(f"{eps:.4g}" for eps in strengths)
-        return verdict_of(samples, region, family.where, f"{_name(ask, rows)} {way} at ε = {radii}", unit, per)
+        found = {
+            eps: {seed: there for seed, run in runs.items() if (there := ask.of(run)) is not None}
+            for eps, runs in family.by_strength.items()
+            if eps >= least
+        }
+        asked = {eps: seeds for eps, seeds in found.items() if seeds}
+        return line(asked, region, family.where, "ε")
 
     return lambda runs: [v for family in families(runs, member) if (v := judged(family)) is not None]
+
+
+def line(
+    by: Mapping[float, Mapping[int, Found]], region: Region, where: str, over: str, *, log: bool = False
+) -> Verdict | None:
+    """The change along the least-squares line of what each seed found, over x or log x, from the least x to the most.
+
+    ``by`` is x → seed → what was found; seeds that some x lacks are left out. None with fewer than two x, or no seed.
+    """
+    x = sorted(by)
+    seeds = sorted(set.intersection(*(set(by[each]) for each in x))) if x else []
+    if len(x) < 2 or not seeds:
+        return None
+    place = np.log(x) if log else np.array(x)
+    away = place - place.mean()
+    weights = away / (away @ away) * (place[-1] - place[0])
+    samples = [linear(weights.tolist(), [by[each][seed] for each in x]) for seed in seeds]
+    way = " → ".join(f"{np.mean([by[each][seed][0].value for seed in seeds]):.4g}" for each in x)
+    first = by[x[0]][seeds[0]][0]
+    text = f"{first.name} {way} at {over} = {', '.join(f'{each:.4g}' for each in x)}"
+    return verdict_of(samples, region, where, text, first.unit, "change over that range")
 
 
 def compare(
@@ -120,6 +136,20 @@ def compare(
             ones, others = (list(by_configuration(filter(part, group)).values()) for part in (first, second))
             found += [v for a in ones for b in others if a is not b and (v := judged(a, b)) is not None]
         return found
+
+    return judge
+
+
+def at_each_threat(lens: str, make: Callable[[Mapping[str, str]], Judge]) -> Judge:
+    """The judge that ``make`` gives for the settings of each threat that a lens was used with."""
+
+    def judge(runs: Sequence[Run]) -> list[Verdict]:
+        seen = {r.settings.get("threat") for run in runs for r in run.readings if r.lens == lens}
+        return [
+            replace(verdict, where=f"{verdict.where}, measured at {threat}")
+            for threat in sorted(str(each) for each in seen if each is not None)
+            for verdict in make({"threat": threat})(runs)
+        ]
 
     return judge
 
@@ -170,12 +200,12 @@ def within(ask: Ask, against: Ask, region: Region, *, member: Part, ratio: bool 
     return judge
 
 
-def _alike(pairs: Sequence[tuple[tuple[Quantity, Reading], tuple[Quantity, Reading]]]) -> bool:
+def _alike(pairs: Sequence[tuple[Found, Found]]) -> bool:
     """Whether all readings are of one threat."""
     return len({str(reading.settings.get("threat")) for pair in pairs for _, reading in pair}) == 1
 
 
-def _ratio(a: tuple[Quantity, Reading], b: tuple[Quantity, Reading]) -> Sample:
+def _ratio(a: Found, b: Found) -> Sample:
     """log(a / b) for one seed."""
     errors = [error_of(quantity) for quantity, _ in (a, b)]
     (one, _), (two, _) = a, b
@@ -218,27 +248,12 @@ def error_of(quantity: Quantity) -> float | None:
     return (quantity.high - quantity.low) / (2 * Z)
 
 
-def _least(found: Sequence[tuple[Quantity, Reading]]) -> int | None:
+def _least(found: Sequence[Found]) -> int | None:
     return min((quantity.n for quantity, _ in found if quantity.n is not None), default=None)
 
 
-def trouble_of(found: Sequence[tuple[Quantity, Reading]]) -> str:
+def trouble_of(found: Sequence[Found]) -> str:
     return next((reading.outcome.why for _, reading in found if reading.outcome.status == "unreliable"), "")
-
-
-def _name(ask: Ask, rows: Sequence[Mapping[float, tuple[Quantity, Reading]]]) -> str:
-    return ask.quantity if isinstance(ask.quantity, str) else next(iter(rows[0].values()))[0].name
-
-
-def _complete(by_strength: Mapping[float, Mapping[int, Run]], ask: Ask) -> list[dict[float, tuple[Quantity, Reading]]]:
-    """For each seed that all strengths have, what each says; strengths that no seed has asked are left out."""
-    found = {
-        eps: {seed: there for seed, run in runs.items() if (there := ask.of(run)) is not None}
-        for eps, runs in by_strength.items()
-    }
-    found = {eps: seeds for eps, seeds in found.items() if seeds}
-    common = set.intersection(*(set(seeds) for seeds in found.values())) if found else set()
-    return [{eps: seeds[seed] for eps, seeds in found.items()} for seed in sorted(common)]
 
 
 def _by(key: Callable[[Run], str], runs: Sequence[Run]) -> dict[str, list[Run]]:

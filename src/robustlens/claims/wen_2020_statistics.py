@@ -19,7 +19,7 @@ from robustlens.claims.evidence import (
     name_of,
     regularizers,
 )
-from robustlens.claims.statistics import Judge, Sample, over_seeds, trend
+from robustlens.claims.statistics import Judge, Sample, at_each_threat, over_seeds, trend
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import FALLS, RISES, Judgement, Region, Statistic, Verdict, decide
 
@@ -77,16 +77,10 @@ PGD, FGSM = trained("pgd"), trained("fgsm")
 def at_one_radius(quantity: str, region: Region, member: Part) -> Judge:
     """The trend of an accuracy on test images, for each threat that several strengths were examined under."""
 
-    def judge(runs: Sequence[Run]) -> list[Verdict]:
-        accuracies = [r for run in runs for r in run.readings if r.lens == "accuracy"]
-        found = []
-        for threat in sorted({str(reading.settings["threat"]) for reading in accuracies}):
-            ask = Ask("accuracy", quantity, {"split": "test", "threat": threat})
-            verdicts = trend(ask, region, member=member, least=TRAINED)(runs)
-            found += [replace(verdict, where=f"{verdict.where}, attacked at {threat}") for verdict in verdicts]
-        return found
-
-    return judge
+    return at_each_threat(
+        "accuracy",
+        lambda at: trend(Ask("accuracy", quantity, {"split": "test", **at}), region, member=member, least=TRAINED),
+    )
 
 
 def at_each_radius(measure: str, region: Region, member: Part) -> Judge:
