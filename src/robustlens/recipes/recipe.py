@@ -31,6 +31,7 @@ class Printed:
         method: label of the method in the study; ``study`` its position among the recipe's studies.
         ask: the quantity of ours that stands beside it.
         tolerance: ours agrees where its whole interval lies within ± this much of ``value``.
+        same_images: both numbers are of the same images, all of the split, so that the interval is over seeds alone.
     """
 
     row: str
@@ -40,6 +41,7 @@ class Printed:
     ask: Ask
     tolerance: float
     study: int = 0
+    same_images: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

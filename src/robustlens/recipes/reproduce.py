@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
     if not found:
         return Beside(printed.row, printed.column, printed.value, printed.tolerance, None, "not run")
     samples = [linear([1.0], [each]) for each in found]
+    if printed.same_images:
+        samples = [replace(sample, error=0.0) for sample in samples]
     ours = over_seeds(samples, found[0][0].unit)
     trouble = next((sample.trouble for sample in samples if sample.trouble), "")
     region = (printed.value - printed.tolerance, printed.value + printed.tolerance)
