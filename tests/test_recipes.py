@@ -15,6 +15,7 @@ from robustlens.cli import app
 from robustlens.core.discovery import discover
 from robustlens.recipes.recipe import SCALES, Printed, Recipe, Scale, find_recipe, find_scale, recipes
 from robustlens.recipes.reproduce import compared, parse_seeds
+from robustlens.recipes.yamada_2021 import Gap
 from robustlens.results.errors import InputError
 from robustlens.results.reading import Outcome
 from robustlens.results.runs import read_runs
@@ -82,6 +83,28 @@ def test_our_number_beside_the_papers() -> None:
     )
     row = compared(Printed(row="r", column="c", value=0.5, method="PGD", ask=ask, tolerance=0.1), [doubtful])
     assert row.trouble == "Masked."
+
+
+def test_numbers_of_the_same_images_differ_by_training_alone() -> None:
+    ask = Ask("accuracy", "robust accuracy")
+    printed = Printed(row="r", column="c", value=0.5, method="PGD", ask=ask, tolerance=0.05, same_images=True)
+    seeds = [
+        run("PGD", [reading("accuracy", {"robust accuracy": (v, 0.2)})], seed=k) for k, v in enumerate([0.50, 0.52])
+    ]
+    row = compared(printed, seeds)
+    assert row.ours is not None and row.ours.high == pytest.approx(0.51 + 12.7062 * 0.01, abs=1e-4)
+    alone = compared(printed, seeds[:1])
+    assert alone.verdict == "agrees" and alone.ours is not None and alone.ours.low == alone.ours.high == 0.5
+
+
+def test_a_gap_is_training_minus_test_accuracy() -> None:
+    readings = [
+        reading("accuracy", {"robust accuracy": v}, settings={"split": split}, n=n)
+        for split, v, n in (("train", 0.9, 400), ("test", 0.7, 100))
+    ]
+    found = Gap("accuracy", "robust accuracy").of(run("PGD", readings))
+    assert found is not None and found[0].value == pytest.approx(0.2) and found[0].n == 100
+    assert Gap("accuracy", "robust accuracy").of(run("PGD", readings[:1])) is None
 
 
 def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ class Lp:
             step = room.clamp_max(self.eps)
         elif self.norm == "l2":
             size = grad.abs() / _each(grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny), grad)
-            scale = _scale_to(size.square().flatten(1), room.square().flatten(1), self.eps)
+            square = size.square().flatten(1)
+            scale = _scale_to(square, room.square().flatten(1), self.eps, square.sum(1))
             step = (_each(scale, x) * size).minimum(room)
         else:
             order = grad.abs().flatten(1).argsort(dim=1, descending=True)
@@ -159,10 +160,11 @@ class Lp:
         """The optimality conditions give z = clamp(x + s (x_adv − x)) with one s ≤ 1 per example."""
         delta = x_adv - x
         limit = (inside - x).square_().flatten(1)  # a pixel that meets the box at s ≤ 1 meets it at `inside`
-        far = limit.sum(1) > self.eps**2
+        whole = limit.sum(1)
+        far = whole > self.eps**2
         if not bool(far.any()):
             return inside
-        scale = torch.where(far, _scale_to(delta.square().flatten(1), limit, self.eps), 1.0)
+        scale = torch.where(far, _scale_to(delta.square().flatten(1), limit, self.eps, whole), 1.0)
         return torch.addcmul(x, delta, _each(scale, x)).clamp_(self.low, self.high)
 
     def _l1_nearest(self, x_adv: Tensor, x: Tensor, inside: Tensor) -> Tensor:
@@ -206,23 +208,29 @@ def _each(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-def _scale_to(square: Tensor, limit: Tensor, eps: float) -> Tensor:
+def _scale_to(square: Tensor, limit: Tensor, eps: float, total: Tensor) -> Tensor:
     """The s ≥ 0 (B,) for which Σ min(s² · square, limit) = eps², or the whole limit where that is less; both (B, d).
 
-    The sum is concave, increasing and piecewise linear in u = s², so Newton's method from below climbs to the root
-    without passing it, in finitely many steps (a handful in practice); it aims a few roundings below eps.
+    The sum is concave, increasing and piecewise linear in u = s². Newton's method begins at eps² / ``total`` (B,).
+    Where no limit exceeds its square and ``total`` is Σ limit, that is the root if every pixel either stays free or
+    cannot move at all, and else above it. From above one step leads to the root or below it (eps² / Σ square is never
+    above it), from where all steps climb without passing it, in finitely many: one to three in practice. It aims a few
+    roundings below eps.
     """
     rounding = torch.finfo(square.dtype).eps
     target = limit.sum(1).clamp_max(eps**2) * (1 - 8 * rounding)
-    u = target / square.sum(1).clamp_min(1e-30)
-    for _ in range(50):
+    u = target / total.clamp_min(1e-30)
+    for number in range(50):
         reach = u[:, None] * square
         missing = target - torch.minimum(reach, limit).sum(1)
-        if bool((missing <= 8 * rounding * target).all()):
+        off = missing.abs() if number == 0 else missing.clamp_min_(0)
+        if bool((off <= 8 * rounding * target).all()):
             break
         free = (limit - reach).sign_().clamp_min_(0)  # 1 where a pixel still moves; comparisons are slower
         moving = free.mul_(reach).sum(1)  # u times the slope
-        u = u * (1 + missing.clamp_min_(0) / moving.clamp_min_(1e-30))
+        u = u * (1 + missing / moving.clamp_min_(1e-30))
+        if number == 0:
+            u = torch.maximum(u, target / square.sum(1).clamp_min(1e-30))
     return u.sqrt()
 
 
