@@ -174,8 +174,8 @@ def table(number: int, kind: str, norm: str, radii: Sequence[float], rows: Rows)
         printed=accuracies(kind, norm, rows, TOLERANCE, GAP_TOLERANCE, whole=True),
         expects={"paper": "2 to 20 minutes, two cores", "laptop": "2 to 12 minutes, two cores", "smoke": "a minute"},
         differs=f"{LAST} PGD in the evaluation has 50 steps on the margin, which for one row of weights finds the "
-        f"exact adversary, in place of 100. In ℓ2 the images stay separable up to ε = 0.2: there the weights grow for as long as one "
-        f"trains, and the numbers depend on when one stops. {SMALLER}",
+        "exact adversary, in place of 100. In ℓ2 the images stay separable up to ε = 0.2: there the weights grow for "
+        f"as long as one trains, and the numbers depend on when one stops. {SMALLER}",
     )
 
 
