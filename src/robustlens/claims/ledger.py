@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,6 +35,23 @@ class Claim:
     measured: str
     judge: Judge
     needs: str
+
+
+def of_paper(number: str, paper: str) -> Callable[[str, str, str, str, Judge, str], Claim]:
+    """Makes the claims of one paper from name, section, sentence, what is measured, judge, and what it needs."""
+
+    def claim(name: str, section: str, sentence: str, measured: str, judge: Judge, needs: str) -> Claim:
+        return Claim(
+            name=f"{number}-{name}",
+            paper=paper,
+            section=section,
+            sentence=sentence,
+            measured=measured,
+            judge=judge,
+            needs=needs,
+        )
+
+    return claim
 
 
 @cache

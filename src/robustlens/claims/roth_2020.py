@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from math import inf
 
 from robustlens.claims.evidence import Ask, Part, is_standard
-from robustlens.claims.ledger import Claim
+from robustlens.claims.ledger import Claim, of_paper
 from robustlens.claims.roth_2020_statistics import (
     Quotient,
     at_each_radius,
@@ -28,19 +28,12 @@ from robustlens.results.runs import Run
 from robustlens.results.verdict import FALLS, RISES, Region
 
 PAPER = "Roth, Kilcher & Hofmann 2020, arXiv 1906.01527"
+told = of_paper("001", PAPER)
 LESS: Region = (0.0, 1.0)
 
 
 def claim(name: str, section: str, sentence: str, measured: str, judge: Judge, needs: str) -> Claim:
-    return Claim(
-        name=f"001-{name}",
-        paper=PAPER,
-        section=section,
-        sentence=sentence,
-        measured=measured,
-        judge=judge,
-        needs=f"{needs}: `robustlens reproduce 001-mnist`",
-    )
+    return told(name, section, sentence, measured, judge, f"{needs}: `robustlens reproduce 001-mnist`")
 
 
 def compared(lens: str, quantity: str, region: Region, first: Part, second: Part) -> Judge:

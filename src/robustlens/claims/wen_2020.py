@@ -13,8 +13,8 @@ beside it stands that of all images.
 from __future__ import annotations
 
 from robustlens.claims.evidence import Ask, Part
-from robustlens.claims.ledger import Claim
-from robustlens.claims.statistics import Judge, trend
+from robustlens.claims.ledger import Claim, of_paper
+from robustlens.claims.statistics import trend
 from robustlens.claims.wen_2020_statistics import (
     FGSM,
     PGD,
@@ -30,6 +30,7 @@ from robustlens.claims.wen_2020_statistics import (
 from robustlens.results.verdict import FALLS, RISES, Region
 
 PAPER = "Wen, Li and Jia 2020, arXiv 2011.07478"
+claim = of_paper("000", PAPER)
 
 GAP = Ask("generalisation-gap", "loss gap")
 ERROR_GAP = Ask("generalisation-gap", "error gap")
@@ -46,18 +47,6 @@ CLIPPED = "networks trained against PGD at two radii or more, with spectral-clip
 
 def strengths(attack: str, lens: str) -> str:
     return f"networks trained against {attack} at two radii or more, several seeds, and the lens {lens} (000-mnist)"
-
-
-def claim(name: str, section: str, sentence: str, measured: str, judge: Judge, needs: str) -> Claim:
-    return Claim(
-        name=f"000-{name}",
-        paper=PAPER,
-        section=section,
-        sentence=sentence,
-        measured=measured,
-        judge=judge,
-        needs=needs,
-    )
 
 
 def simple(

@@ -10,12 +10,13 @@ alarms or not; the claims of robustness themselves by `standard-accuracy` and `h
 from __future__ import annotations
 
 from robustlens.claims.evidence import Ask, AtEpoch, is_regularized, is_standard
-from robustlens.claims.ledger import Claim
+from robustlens.claims.ledger import Claim, of_paper
 from robustlens.claims.statistics import Judge, compare, value, within
 from robustlens.claims.wu_2019_statistics import Lost, Reported, both, change, costs, network, several, towards
 from robustlens.results.verdict import FALLS, RISES, Region
 
 PAPER = "Wu & Yu 2019, arXiv 1907.11780"
+claim = of_paper("003", PAPER)
 
 is_lcr = is_regularized("orthogonality")
 is_amr = is_regularized("average-margin", "orthogonality")
@@ -54,18 +55,6 @@ TABLE1 = "standard training, LCR and AMR of one network (003-table1-mnist-mlp, 0
 TABLE2 = "MMR and AMR of one network (003-table2-mnist-lenet-small)"
 HEALTH = "health with the paper's attack, whose grad_floor is 1e-6 (003-table1-mnist-cnn)"
 HELD = "controlling Lipschitz constant alone may not be enough to train a robust model"
-
-
-def claim(name: str, section: str, sentence: str, measured: str, judge: Judge, needs: str) -> Claim:
-    return Claim(
-        name=f"003-{name}",
-        paper=PAPER,
-        section=section,
-        sentence=sentence,
-        measured=measured,
-        judge=judge,
-        needs=needs,
-    )
 
 
 def overfitting(lens: str) -> Judge:
