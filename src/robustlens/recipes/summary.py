@@ -51,8 +51,9 @@ def _section(record: dict[str, Any], place: Path) -> str:
         for row in rows:
             counts[row.verdict] += 1
         lines.append(f"{', '.join(f'{count} {verdict}' for verdict, count in counts.items())}.\n")
-        troubles = dict.fromkeys(row.trouble for row in rows if row.trouble)
-        lines += [f"⚠ {trouble}\n" for trouble in troubles]
+        troubles = [row.trouble for row in rows if row.trouble]
+        if troubles:
+            lines.append(f"⚠ {len(troubles)} of these numbers rest on unreliable readings. The first: {troubles[0]}\n")
     figures = sorted((place / "figures" / name).glob("*.svg"))
     if figures:
         links = (f"[{figure.stem}]({place.name}/figures/{name}/{figure.name})" for figure in figures)
