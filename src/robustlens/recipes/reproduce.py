@@ -162,11 +162,14 @@ def copy_slim(run: RunDirectory, to: Path) -> None:
 
 
 def commit() -> str:
-    """The commit of the checkout that this code runs from, ending in "+" where files differ; "" outside one."""
+    """The commit of the checkout that this code runs from, ending in "+" where the code differs; "" outside one."""
     place = Path(robustlens.__file__).parent
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(place), *arguments]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        asked = ["git", "-C", str(place), "describe", "--always", "--abbrev=12", "--dirty=+"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    except OSError:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
