@@ -46,10 +46,10 @@ TABLE_LENSES: list[Lens] = [
 LANDSCAPE: Lens = {
     "name": "weight-landscape",
     "split": "train",
-    "n_examples": 1000,
+    "n_examples": 300,
     "directions": 10,
     "alphas": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
-    "batch_size": 1000,
+    "batch_size": 300,
 }
 HESSIAN: Lens = {"name": "hessian", "n_examples": ALL, "batch_size": 20000, "full": "difference"}
 
