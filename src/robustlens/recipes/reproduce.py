@@ -39,6 +39,13 @@ class Reproduction:
     runs: tuple[RunDirectory, ...]
     record: dict[str, Any]
 
+    @property
+    def lenses(self) -> set[str]:
+        """What the recipe looks through; other recipes may have looked at its networks through others."""
+        chosen = [lens for settings in self.recipe.studies(self.scale) for lens in settings["lenses"]]
+        names = {lens if isinstance(lens, str) else lens["name"] for lens in chosen}
+        return names or {reading.lens for run in self.runs for reading in run.readings()}
+
 
 def reproduce(
     recipe: Recipe,
@@ -122,7 +129,7 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
 def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     """Write the page and the record of what came of a recipe into ``out``, and return the page.
 
-    ``keep`` also takes the record, every chart as SVG, and the runs without weights and panels, at some kilobytes each:
+    ``keep`` also takes the record, the charts of the recipe's lenses as SVG, and the runs without weights and panels, at some kilobytes each:
     enough to judge claims by. The summary of everything kept there is written anew beside it.
     """
     name = f"{found.recipe.name}-{found.scale}"
@@ -134,7 +141,10 @@ def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     if keep is not None:
         for run in found.runs:
             copy_slim(run, keep / "runs" / run.path.parent.name / run.path.name)
-        write_figures(found.runs, keep / "figures" / name, format="svg")
+        figures = write_figures(found.runs, keep / "figures" / name, format="svg")
+        for path in figures:
+            if not path.name.startswith(tuple(found.lenses)):
+                path.unlink()
         write_summary(keep)
     return page
 
