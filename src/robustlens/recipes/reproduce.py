@@ -129,8 +129,8 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
 def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     """Write the page and the record of what came of a recipe into ``out``, and return the page.
 
-    ``keep`` also takes the record, the charts of the recipe's lenses as SVG, and the runs without weights and panels, at
-    some kilobytes each: enough to judge claims by. The summary of everything kept there is written anew beside it.
+    ``keep`` also takes the record, the charts of the recipe's lenses as SVG, and the runs without weights and panels,
+    at some kilobytes each: enough to judge claims by. The summary of everything kept there is written anew beside it.
     """
     name = f"{found.recipe.name}-{found.scale}"
     page = write_page(found.runs, out / f"{name}.html", title=name, front=[beside(found.rows, found.recipe.what)])
