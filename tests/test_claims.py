@@ -78,6 +78,30 @@ def test_families_differ_in_radius_and_seed_alone() -> None:
     assert list(ell_inf.by_strength) == [0.0, 0.1]
 
 
+def test_step_sizes_at_one_radius_are_families_of_their_own() -> None:
+    def stepped(eps: float, step: float) -> Run:
+        attack = {"name": "pgd", "threat": f"l2:{eps}", "steps": 7, "step_size": step}
+        return run(f"ε {eps}", gap(1.0), objective={"name": "adversarial", "attack": attack})
+
+    radii = (0.4, 0.8, 1.2)
+    growing = [stepped(eps, eps / 4) for eps in radii]
+    fixed = [stepped(eps, 0.05) for eps in radii]
+    (alone,) = families(growing, PGD)
+    assert list(alone.by_strength) == list(radii)
+    standard = trained(0, 1.0)
+    both = {family.where.rpartition("steps of ")[2]: family for family in families([standard, *growing, *fixed], PGD)}
+    assert set(both) == {"0.25 ε", "0.05"}
+    for name, members in (("0.25 ε", growing), ("0.05", fixed)):
+        assert [both[name].by_strength[eps][0] for eps in radii] == members
+        assert list(both[name].by_strength) == [0.0, *radii]
+
+
+def test_one_training_looked_at_in_two_studies_has_all_its_readings() -> None:
+    bare = run("standard", [], threat="ignored")
+    (family,) = families([trained(0, 2.0), bare, trained(1.0, 1.0)], PGD)
+    assert LOSS.of(family.by_strength[0.0][0]) is not None
+
+
 def test_a_difference_is_paired_by_seed() -> None:
     a = [run("AMR", gap((x, 0.2)), seed=s, regularizers=["average-margin"]) for s, x in enumerate([2.0, 3.0, 4.0])]
     b = [run("standard", gap((x, 0.1)), seed=s) for s, x in enumerate([1.0, 1.5, 3.5])]

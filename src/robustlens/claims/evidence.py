@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from robustlens.results.reading import Quantity, Reading
@@ -162,9 +162,11 @@ class Family:
 
 
 def families(runs: Sequence[Run], member: Part) -> list[Family]:
-    """The runs for which ``member`` holds, by all their settings but radius, step size and seed.
+    """The runs for which ``member`` holds, by all their settings but radius and seed.
 
-    Standard training with the same settings is the beginning of each family, at strength 0.
+    The step size may grow with the radius. Where networks of one radius and seed differ in it, those with one step size
+    are a family, and those whose step is one share of the radius another. Standard training with the same settings is
+    the beginning of each family, at strength 0.
     """
     grouped: dict[str, list[Run]] = {}
     for run in runs:
@@ -172,17 +174,37 @@ def families(runs: Sequence[Run], member: Part) -> list[Family]:
             grouped.setdefault(_kinship(run), []).append(run)
     standard = [run for run in runs if name_of(run.config["objective"]) == "standard"]
     found = []
-    for kin in grouped.values():
+    for steps, kin in (each for alike in grouped.values() for each in _by_step(alike).items()):
         first = kin[0]
-        all_of_them = [*(run for run in standard if _surroundings(run) == _surroundings(first)), *kin]
         by_strength: dict[float, dict[int, Run]] = {}
-        for run in all_of_them:
-            by_strength.setdefault(strength(run) or 0.0, {})[run.seed] = run
+        for run in [*(run for run in standard if _surroundings(run) == _surroundings(first)), *kin]:
+            seeds = by_strength.setdefault(strength(run) or 0.0, {})
+            twin = seeds.get(run.seed)  # trained alike, and looked at in another study
+            seeds[run.seed] = run if twin is None else replace(twin, readings=[*twin.readings, *run.readings])
         if len(by_strength) > 1:
             against = name_of(adversary(first) or first.config["objective"])
             also = "".join(f", {name}" for name in sorted(regularizers(first) | constraints(first)))
-            where = f"{describe(first)}, {against} {norm(first)}{also}".strip()
+            where = f"{describe(first)}, {against} {norm(first)}{steps}{also}".strip()
             found.append(Family(where, dict(sorted(by_strength.items()))))
+    return found
+
+
+def _by_step(kin: Sequence[Run]) -> dict[str, list[Run]]:
+    """What tells step sizes apart → the runs; all in one where each radius and seed has one step size."""
+    steps = {run.hash: (adversary(run) or {}).get("step_size") for run in kin}
+    if len({(strength(run), run.seed) for run in kin}) == len(
+        {(strength(run), run.seed, steps[run.hash]) for run in kin}
+    ):
+        return {"": list(kin)}
+    found: dict[str, list[Run]] = {}
+    for run in kin:
+        step = steps[run.hash]
+        fixed = len({strength(other) for other in kin if steps[other.hash] == step}) > 1
+        if step is None:
+            name = ", usual steps"
+        else:
+            name = f", steps of {step:.4g}" if fixed else f", steps of {step / (strength(run) or 1.0):.4g} ε"
+        found.setdefault(name, []).append(run)
     return found
 
 

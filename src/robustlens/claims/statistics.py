@@ -123,12 +123,7 @@ def compare(
         where = f"{describe(one)}: {one.method} and {two.method}"
         values = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
         text = f"{pairs[0][0][0].name} {values[0]:.4g} and {values[1]:.4g}"
-        if ratio and min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
-            return Verdict("undecided", where, f"{text}; a ratio needs positive numbers.")
-        if ratio:
-            return verdict_of([_ratio(*pair) for pair in pairs], region, where, text, "", "ratio", logarithmic=True)
-        samples = [linear([1.0, -1.0], pair) for pair in pairs]
-        return verdict_of(samples, region, where, text, pairs[0][0][0].unit, "difference")
+        return _of_pairs(pairs, region, where, text, ratio)
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         found = []
@@ -187,17 +182,23 @@ def within(ask: Ask, against: Ask, region: Region, *, member: Part, ratio: bool 
         one = next(iter(runs.values()))
         middle = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
         text = f"{pairs[0][0][0].name} {middle[0]:.4g}, {pairs[0][1][0].name} {middle[1]:.4g}"
-        where, kind = f"{describe(one)}: {one.method}", "ratio" if ratio else "difference"
-        if ratio and min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
-            return Verdict("undecided", where, f"{text}; a ratio needs positive numbers.")
-        samples = [_ratio(*pair) if ratio else linear([1.0, -1.0], pair) for pair in pairs]
-        return verdict_of(samples, region, where, text, "" if ratio else pairs[0][0][0].unit, kind, logarithmic=ratio)
+        return _of_pairs(pairs, region, f"{describe(one)}: {one.method}", text, ratio)
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         groups = by_configuration(filter(member, runs)).values()
         return [v for group in groups if (v := judged(group)) is not None]
 
     return judge
+
+
+def _of_pairs(pairs: Sequence[tuple[Found, Found]], region: Region, where: str, text: str, ratio: bool) -> Verdict:
+    """First minus second, or over it, over the seeds."""
+    if not ratio:
+        samples = [linear([1.0, -1.0], pair) for pair in pairs]
+        return verdict_of(samples, region, where, text, pairs[0][0][0].unit, "difference")
+    if min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
+        return Verdict("undecided", where, f"{text}; a ratio needs positive numbers.")
+    return verdict_of([_ratio(*pair) for pair in pairs], region, where, text, "", "ratio", logarithmic=True)
 
 
 def _alike(pairs: Sequence[tuple[Found, Found]]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import hypot
 
 import numpy as np
@@ -89,8 +90,10 @@ def at_each_radius(measure: str, region: Region, member: Part) -> Judge:
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         quantities = [q for run in runs for r in run.readings if r.lens == "confidence" for q in r.quantities]
         names = sorted({q.name for q in quantities if q.name.startswith(f"{measure} at ")})
-        asks = [Ask("confidence", name) for name in names]
-        return [v for ask in asks for v in trend(ask, region, member=member, least=TRAINED)(runs)]
+        return [v for name in names for v in at_each_threat("confidence", partial(fitted, name))(runs)]
+
+    def fitted(name: str, at: Mapping[str, str]) -> Judge:
+        return trend(Ask("confidence", name, at), region, member=member, least=TRAINED)
 
     return judge
 

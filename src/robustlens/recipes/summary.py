@@ -27,9 +27,9 @@ protocol and shrinks data, network or epochs, as each section says.
 def write_summary(place: Path) -> Path:
     """Write ``place``.md from the records and the runs below ``place``."""
     records = [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
-    parts = [HEAD.format(place=f"docs/{place.name}"), *(_section(record, place) for record in records)]
+    parts = [HEAD.format(place=place), *(_section(record, place) for record in records)]
     entries = ledger(read_runs(find_runs([place])))
-    page = place.with_suffix(".md")
+    page = place.parent / f"{place.name}.md"
     write_atomically(page, "\n".join([*parts, _ledger(entries)]).encode())
     return page
 
