@@ -24,7 +24,8 @@ from robustlens.results.store import RunDirectory
 from robustlens.threats.lp import Lp
 from robustlens.train import loop
 from robustlens.train.config import TrainingConfig
-from robustlens.train.loop import Silent, train
+from robustlens.train.loop import train
+from robustlens.train.progress import Silent
 from robustlens.train.recipe import Recipe
 
 STEPS, EPOCHS = 5, 3  # of each case: 40 images in batches of 8

@@ -24,14 +24,16 @@ from robustlens.attacks.fgsm import FGSM
 from robustlens.attacks.noise import UniformNoise
 from robustlens.core.rng import generator
 from robustlens.core.types import Batch, Split, Splits
+from robustlens.core.world import World
 from robustlens.objectives.adversarial import Adversarial
 from robustlens.objectives.standard import Standard
 from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
-from robustlens.train.loop import train, validate
+from robustlens.train.loop import train
 from robustlens.train.recipe import Recipe
+from robustlens.train.together import validate
 
 ATTACK = FGSM(threat=Lp("linf", 0.05))
 
@@ -237,7 +239,7 @@ def test_validation_against_the_closed_form() -> None:
         z = model(x)
     margin = (z[:, 1] - z[:, 0]) * (2 * y - 1)
     eps = float(margin.abs().median() / w.abs().sum())
-    found = validate(model, Split(x, y), FGSM(threat=Lp("linf", eps)), gen=gen(), batch_size=64)
+    found = validate(model, Split(x, y), FGSM(threat=Lp("linf", eps)), seed=0, epoch=0, batch_size=64, world=World())
     assert found["valid_accuracy"] == pytest.approx(int((margin > 0).sum()) / 200)
     robust = int((margin > eps * w.abs().sum()).sum()) / 200
     assert found["valid_robust_accuracy"] == pytest.approx(robust)

@@ -285,12 +285,17 @@ def list_(
 
 
 def _study(config: StudyConfig, out: Path, device: str) -> None:
+    from robustlens.core.world import joined, together
     from robustlens.report.page import write_page
     from robustlens.show import Show, table
     from robustlens.studies.run import run_study
 
-    with Show(console) as show:
-        runs = run_study(config, out, device=device, watch=show)
+    with together(device) as place:
+        if not joined().leads:
+            run_study(config, out, device=place)
+            return
+        with Show(console) as show:
+            runs = run_study(config, out, device=place, watch=show)
     table(console, runs)
     _say_page(write_page(runs, _home(runs) / "report.html", title=config.name))
 

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from robustlens.attacks.losses import RELATIVE, LossName, attack_loss
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
+from robustlens.core.rng import drawn
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -201,4 +202,4 @@ class PGD:
 def _wrong_class(logits: Tensor, y: Tensor, gen: Generator) -> Tensor:
     """One of the other classes for each label (B,), uniformly."""
     classes = logits.shape[1]
-    return (y + torch.randint(1, classes, y.shape, generator=gen, device=y.device)) % classes
+    return (y + drawn(y, lambda t: t.random_(1, classes, generator=gen), gen)) % classes

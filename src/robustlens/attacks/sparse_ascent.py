@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.attacks.ascent import Climbed, Climbers, Height, climbers, look, record
 from robustlens.attacks.smallest import movable
+from robustlens.core.rng import drawn
 from robustlens.threats.lp import Lp
 
 #: Radii of the three stages in multiples of eps, and the share of the steps that the first two get.
@@ -30,7 +31,7 @@ def sparse_ascent(
     The first starts at a normal draw around x, projected. What is wrong outside the threat does not count: only the
     last stage ends an example.
     """
-    eps, start = threat.eps, x + torch.empty_like(x).normal_(generator=gen)
+    eps, start = threat.eps, x + drawn(x, lambda t: t.normal_(generator=gen), gen)
     counts = [math.ceil(share * steps) for _, share in STAGES[:-1]]
     counts.append(max(steps - sum(counts), 1))
     for (times, _), count in zip(STAGES, counts, strict=True):

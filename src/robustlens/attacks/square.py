@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
+from robustlens.core.rng import drawn
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -253,11 +254,15 @@ def _scaled(picture: Tensor, p: int) -> Tensor:
 def _windows(point: Tensor, image: torch.Size, window: tuple[int, int], gen: Generator) -> Tensor:
     """Pixels (B, C, h · w) of a window for each image, the same in all channels, uniformly among those that fit."""
     (height, width), (h, w), (n, channels, _) = image, window, point.shape
-    top = torch.randint(height - h + 1, (n, 1, 1), generator=gen, device=point.device)
-    left = torch.randint(width - w + 1, (n, 1, 1), generator=gen, device=point.device)
+    top, left = (_below(end + 1, (n, 1, 1), point, gen) for end in (height - h, width - w))
     rows, columns = torch.arange(h, device=point.device), torch.arange(w, device=point.device)
     return (top * width + left + (rows[:, None] * width + columns).flatten()).expand(n, channels, h * w)
 
 
 def _coins(shape: tuple[int, ...], like: Tensor, gen: Generator) -> Tensor:
-    return torch.randint(2, shape, generator=gen, device=like.device).bool()
+    return _below(2, shape, like, gen).bool()
+
+
+def _below(end: int, shape: tuple[int, ...], like: Tensor, gen: Generator) -> Tensor:
+    """Whole numbers from 0 to ``end`` − 1, int64; the first dimension of ``shape`` counts images."""
+    return drawn(like.new_empty(shape, dtype=torch.int64), lambda t: t.random_(0, end, generator=gen), gen)

@@ -12,7 +12,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.core.passes import Passes
+from robustlens.core.world import World
 from robustlens.results.reading import Reading
+
+#: How names in a moment's memory begin that hold one row for each example of a batch.
+ROWS = "rows/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +28,16 @@ class Moment:
         epochs: where the run ends.
         examples: how many training images there are; ``Batch.index`` counts in them.
         memory: "<plug-in>/<what>" → tensor, part of every checkpoint. A plug-in replaces a tensor there; it never
-            changes one in place, because an update that tries a step first works on a copy of this mapping.
+            changes one in place, because an update that tries a step first works on a copy of this mapping. A name
+            that starts with "rows/" holds a row for each example of the batch, the others what all processes share.
+        world: the processes that share the batch; a gradient that a step is judged by is averaged over them.
     """
 
     epoch: float = 0.0
     epochs: float = 1.0
     examples: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
+    world: World = field(default_factory=World)
 
 
 @dataclass(frozen=True, eq=False)

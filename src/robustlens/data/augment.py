@@ -10,12 +10,17 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from robustlens.core.rng import drawn
 from robustlens.results.errors import InputError
 
 
-def _uniform(shape: tuple[int, ...], x: Tensor, gen: Generator) -> Tensor:
-    """Uniform draws in [0, 1) on the device of ``x``."""
-    return torch.rand(shape, generator=gen, device=gen.device).to(x.device)
+def _drawn(shape: tuple[int, ...], dtype: torch.dtype, gen: Generator, *, batch: int = 0, end: int = 1) -> Tensor:
+    """Uniform draws in [0, ``end``), whole or real, on the generator's device; dimension ``batch`` counts images."""
+
+    def fill(t: Tensor) -> Tensor:
+        return t.uniform_(0, end, generator=gen) if dtype.is_floating_point else t.random_(0, end, generator=gen)
+
+    return drawn(torch.empty(shape, device=gen.device, dtype=dtype), fill, gen, batch=batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class PadCrop:
         """Images (B, C, H, W) to images of the same shape."""
         b, c, h, w = x.shape
         padded = F.pad(x, (self.padding,) * 4)
-        offset = torch.randint(2 * self.padding + 1, (2, b), generator=gen, device=gen.device).to(x.device)
+        offset = _drawn((2, b), torch.int64, gen, batch=1, end=2 * self.padding + 1).to(x.device)
         rows = offset[0, :, None] + torch.arange(h, device=x.device)
         columns = offset[1, :, None] + torch.arange(w, device=x.device)
         pixel = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(b, 1, h * w)
@@ -68,7 +73,7 @@ class Flip:
 
     def augment(self, x: Tensor, *, gen: Generator) -> Tensor:
         """Images (B, C, H, W) to images of the same shape."""
-        mirrored = _uniform((len(x),), x, gen) < self.p
+        mirrored = _drawn((len(x),), torch.float32, gen).to(x.device) < self.p
         return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
@@ -119,7 +124,7 @@ class RandomResizedCrop:
 
     def boxes(self, count: int, height: int, width: int, *, gen: Generator, tries: int = 10) -> Tensor:
         """Random boxes (count, 4) int64 in pixels: top, left, height, width; on the generator's device."""
-        draws = torch.rand((4, count, tries), generator=gen, device=gen.device, dtype=torch.float64)
+        draws = _drawn((4, count, tries), torch.float64, gen, batch=1)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws[0])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = torch.exp(low + (high - low) * draws[1])

@@ -125,7 +125,8 @@ class MMA:
         search = _BoundarySearch(self.threat, last.clamp_min(self.min_eps), self.steps, self.search_steps)
         x_adv = craft(search, model, batch.x, batch.y, gen=gen)
         if moment.examples:
-            moment.memory[MEMORY] = everyone.index_copy(0, batch.index, search.distance)
+            seen, distance = moment.world.gather(batch.index), moment.world.gather(search.distance)
+            moment.memory[MEMORY] = everyone.index_copy(0, seen, distance)
         return Crafted(batch, x_adv, {"distance": search.distance})
 
     def loss(self, model: nn.Module, crafted: Crafted) -> Terms:

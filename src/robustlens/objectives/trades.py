@@ -14,6 +14,7 @@ from robustlens.attacks.verify import craft
 from robustlens.core.criterion import cross_entropy
 from robustlens.core.modes import CraftMode, Precision
 from robustlens.core.passes import Passes
+from robustlens.core.rng import drawn
 from robustlens.core.types import Batch, Crafted, Terms, Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -123,7 +124,7 @@ class _Divergence:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         with torch.no_grad():
             clean = model(x)
-        noise = torch.empty_like(x).normal_(std=self.start_noise, generator=gen)
+        noise = drawn(x, lambda t: t.normal_(std=self.start_noise, generator=gen), gen)
         point = self.threat.project(x + noise, x)
         for _ in range(self.steps):
             point = point.detach().requires_grad_()

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
+from robustlens.core.rng import drawn
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
 from robustlens.linalg.jacobian import power_method
@@ -104,7 +105,7 @@ class DataSpectralNorm:
     def search(self, model: nn.Module, crafted: Crafted, *, gen: Generator) -> tuple[Tensor, Tensor]:
         """u (B, K) and v (B, C, H, W) at the clean images."""
         x = crafted.batch.x.detach()
-        v = torch.empty_like(x).normal_(generator=gen)
+        v = drawn(x, lambda t: t.normal_(generator=gen), gen)
         p = math.inf if self.norm == "linf" else 2
         with untouched(model):
             if self.dynamic == 0:

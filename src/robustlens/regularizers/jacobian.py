@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.core.passes import Passes
+from robustlens.core.rng import drawn
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Terms
 from robustlens.regularizers.loss_surface import clean_logits
@@ -84,4 +85,4 @@ class Jacobian:
             axes = torch.eye(classes, dtype=logits.dtype, device=logits.device)
             return axes[:, None].expand(classes, batch, classes)
         v = torch.empty((self.projections, batch, classes), dtype=logits.dtype, device=logits.device)
-        return nn.functional.normalize(v.normal_(generator=gen), dim=2)
+        return nn.functional.normalize(drawn(v, lambda t: t.normal_(generator=gen), gen, batch=1), dim=2)

@@ -165,7 +165,7 @@ def _planned(study: StudyConfig, method: MethodConfig, seed: int, earlier: Seque
         "regularizers": [discovery.describe(r) for r in recipe.regularizers],
         "update": discovery.describe(recipe.update),
         "constraints": [discovery.describe(c) for c in recipe.constraints],
-        "training": training.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "training": training.model_dump(mode="json", exclude=_indifferent(training)),
         "validation": discovery.describe(validation),
         "seed": seed,
     }
@@ -175,6 +175,11 @@ def _planned(study: StudyConfig, method: MethodConfig, seed: int, earlier: Seque
     if start is not None:
         settings["start"] = _seedless_hash(start) if isinstance(start, PlannedRun) else _sha(start)
     return PlannedRun(method.label, seed, model, recipe, training, validation, threat, settings, start)
+
+
+def _indifferent(training: TrainingConfig) -> set[str]:
+    """Settings that one process does not ask about."""
+    return {"checkpoint_seconds"} | ({"batch_norm"} if training.batch_norm == "local" else set())
 
 
 def _seedless_hash(run: PlannedRun) -> str:

@@ -8,6 +8,7 @@ import datetime
 import os
 import platform
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from robustlens.core.discovery import build, describe
 from robustlens.core.modes import lay_channels_last
 from robustlens.core.rng import derive, generator
 from robustlens.core.types import Augmentation, Batch, Lens, Moment, Resumable, Splits, Subject
+from robustlens.core.world import joined
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.models.foreign import is_script
@@ -29,7 +31,8 @@ from robustlens.results.store import RunDirectory, read_reading
 from robustlens.studies.config import StudyConfig
 from robustlens.studies.epochs import Scheduled, side_by_side
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
-from robustlens.train.loop import Silent, Watch, train
+from robustlens.train.loop import train
+from robustlens.train.progress import Silent, Watch
 
 
 class StudyWatch(Watch, Protocol):
@@ -77,14 +80,15 @@ def run_study(
     """Train every method with every seed, look through every lens, and return the run directories.
 
     Everything is checked before anything is written. Interrupt it at any moment: called again with the same study,
-    it goes on where it stopped.
+    it goes on where it stopped. The processes that torchrun started (``core.world.together``) share every batch of the
+    trainings and look through different lenses.
 
     Raises:
         InputError: something in the study cannot be used, or another process works in a run directory.
         TrainingStopped: a run diverged.
     """
     watch = watch or SilentStudy()
-    plan, place = make_plan(study), pick_device(device)
+    plan, place, world = make_plan(study), pick_device(device), joined()
     splits = load(study.data).to(place)
     for run in plan.runs:
         rehearse(run, splits)
@@ -92,11 +96,13 @@ def run_study(
     each = 1 + len(plan.lenses)
     for number, run in enumerate(plan.runs):
         directory = directory_of(run, out, study)
-        with directory.lock():
+        with directory.lock() if world.leads else nullcontext():
             watch.begin(number * each, len(plan.runs) * each, run.label, "training")
             model = trained(run, splits, directory, plan, watch, out=out)
             subject = Subject(model, splits, run.threat, place)
             for k, scheduled in enumerate(plan.lenses, start=1):
+                if k % world.size != world.rank:
+                    continue
                 watch.begin(number * each + k, len(plan.runs) * each, run.label, scheduled.name)
                 if scheduled.epochs:
                     already = examine_epochs(scheduled, subject, directory, run)
@@ -104,6 +110,7 @@ def run_study(
                     facts = {"weights": study.weights}
                     _, already = examine(scheduled.lens, subject, directory, seed=run.seed, facts=facts, watch=watch)
                 watch.done(run.label, scheduled.name, already=already)
+            world.wait()
         directories.append(directory)
     return directories
 
@@ -148,7 +155,7 @@ def trained(
     run: PlannedRun, splits: Splits, directory: RunDirectory, plan: Plan, watch: StudyWatch, *, out: str | Path
 ) -> nn.Module:
     """The network of ``run`` in eval mode, trained now or read from its directory."""
-    device = splits.test.labels.device
+    device, world = splits.test.labels.device, joined()
     with torch.random.fork_rng():
         torch.manual_seed(derive(run.seed, "weights"))
         model: nn.Module = run.model.build(splits.shape, len(splits.classes)).to(device)
@@ -177,7 +184,8 @@ def trained(
             "provenance": origin,
             "finished": False,
         }
-        directory.write_json("run.json", {"label": run.label, **record})
+        if world.leads:
+            directory.write_json("run.json", {"label": run.label, **record})
         epochs = train(
             model,
             splits,
@@ -188,11 +196,12 @@ def trained(
             validation=run.validation,
             keep=plan.kept_epochs,
             watch=watch,
+            world=world,
         )
         record["provenance"]["seconds"] = round(sum(e["seconds"] for e in epochs), 2)
         record["provenance"] |= {key: epochs[-1][key] for key in ("stopped",) if key in epochs[-1]}
         record["finished"] = True
-    if not finished or record.get("label") != run.label:
+    if world.leads and (not finished or record.get("label") != run.label):
         directory.write_json("run.json", {**record, "label": run.label})
         (directory.path / "state.safetensors").unlink(missing_ok=True)
     watch.done(run.label, "training", already=finished)
@@ -303,6 +312,7 @@ def provenance(splits: Splits, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "processes": joined().size,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {
             "name": splits.name,

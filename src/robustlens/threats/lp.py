@@ -9,6 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Generator, Tensor
 
+from robustlens.core.rng import drawn
 from robustlens.results.errors import InputError, unknown_name
 
 Norm = Literal["linf", "l2", "l1"]
@@ -93,11 +94,11 @@ class Lp:
         ℓ∞: uniform per pixel. ℓ2: Gaussian direction × eps · U^(1/d). ℓ1: signed Dirichlet direction × eps · U^(1/d).
         """
         if self.norm == "linf":
-            return torch.empty_like(x).uniform_(-self.eps, self.eps, generator=gen)
-        direction = torch.empty_like(x).normal_(generator=gen)
+            return drawn(x, lambda t: t.uniform_(-self.eps, self.eps, generator=gen), gen)
+        direction = drawn(x, lambda t: t.normal_(generator=gen), gen)
         if self.norm == "l1":
-            direction = direction.sign() * torch.empty_like(x).exponential_(generator=gen)
-        radius = torch.empty_like(x[:, 0, 0, 0]).uniform_(generator=gen) ** (1 / x[0].numel())
+            direction = direction.sign() * drawn(x, lambda t: t.exponential_(generator=gen), gen)
+        radius = drawn(x[:, 0, 0, 0], lambda t: t.uniform_(generator=gen), gen) ** (1 / x[0].numel())
         return direction * _each(self.eps * radius / self.size(direction), x)
 
     def ascend(self, grad: Tensor, *, floor: float = 1e-12) -> Tensor:

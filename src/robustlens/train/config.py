@@ -145,6 +145,8 @@ class TrainingConfig(Settings):
         collapse_watch: stop when the robust accuracy on validation images falls by more than this share from one
             validation to the next, and keep the weights before (catastrophic overfitting of single-step training).
         validation_examples: how many validation images the attack is run on.
+        batch_norm: on several processes, "local" normalises by the examples of each, "synchronised" by the whole batch,
+            as one process would. While an attack crafts, its objective's ``craft_mode`` decides: "eval" freezes it.
         checkpoint_seconds: time between checkpoints inside an epoch; there is one at every epoch's end anyway.
     """
 
@@ -160,6 +162,7 @@ class TrainingConfig(Settings):
     patience: Whole | None = Field(None, ge=1)
     collapse_watch: Real | None = Field(None, gt=0, lt=1)
     validation_examples: Whole = Field(1000, ge=1)
+    batch_norm: Literal["local", "synchronised"] = "local"
     checkpoint_seconds: Real = Field(60.0, ge=0)
 
     def validates(self, epoch: int) -> bool:

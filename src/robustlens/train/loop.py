@@ -5,64 +5,26 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustlens.attacks.verify import AttackBroken, evaluate
+from robustlens.attacks.verify import AttackBroken
 from robustlens.core import discovery
-from robustlens.core.modes import untouched
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Attack, Augmentation, Batch, Moment, Split, Splits
+from robustlens.core.types import ROWS, Attack, Augmentation, Batch, Moment, Splits
+from robustlens.core.world import World, one_batch
 from robustlens.models.adapter import load_weights
 from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
 from robustlens.train.checkpoint import load_state, require_finite, save_state, save_weights
 from robustlens.train.config import TrainingConfig
 from robustlens.train.optimizer import make_optimizer, update_average
+from robustlens.train.progress import Progress, Silent, Watch
 from robustlens.train.recipe import Recipe
-
-ROBUST = "valid_robust_accuracy"
-
-
-class Watch(Protocol):
-    """Someone who watches a run: called after every step and every epoch."""
-
-    def step(self, done: int, total: int, loss: float) -> None: ...
-
-    def epoch(self, record: Mapping[str, Any]) -> None: ...
-
-
-class Silent:
-    """Watches nothing."""
-
-    def step(self, done: int, total: int, loss: float) -> None:
-        return None
-
-    def epoch(self, record: Mapping[str, Any]) -> None:
-        return None
-
-
-@dataclass
-class Progress:
-    """Where a run stands; everything else about it follows from its seed."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    correct: int = 0
-    seen: int = 0
-    parts: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    best: float = -1.0
-    best_epoch: int = 0
-    since_best: int = 0
-    stopped: str = ""
-    records: list[dict[str, Any]] = field(default_factory=list)
+from robustlens.train.together import ROBUST, exchange, validate
 
 
 def train(
@@ -76,6 +38,7 @@ def train(
     validation: Attack,
     keep: Collection[int] = (),
     watch: Watch | None = None,
+    world: World | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place and return its per-epoch records; a run that was killed goes on where it stopped.
 
@@ -84,18 +47,27 @@ def train(
     after the epochs in ``keep``, ``metrics.jsonl`` the records, of which
     the last says "stopped" and why where training ended early. The model is left with its last weights, in eval mode.
     Every random draw comes from ``seed`` and the step's number, so on one machine the result does not depend on
-    interruptions.
+    interruptions. The processes of ``world`` share every batch; their leader alone writes, in a directory that all
+    can read.
 
     Raises:
         TrainingStopped: the loss or a weight is not finite; the last good checkpoint is kept.
-        InputError: no training or no validation examples, a network that lacks what the recipe needs, or a checkpoint
-            of another architecture.
+        InputError: no training or no validation examples, a network that lacks what the recipe needs, a checkpoint
+            of another architecture, or a batch that the processes cannot share.
     """
+    world = world or World()
+    if config.batch_size % world.size or min(config.batch_size, len(splits.train)) < 2 * world.size > 2:
+        raise InputError(
+            "training.batch_size",
+            expected=f"a multiple of {world.size} processes, two training images or more for each",
+            got=str(config.batch_size),
+            fix=f"Set it to {max(2, round(config.batch_size / world.size)) * world.size}, or start other processes.",
+        )
     for name, split in (("training", splits.train), ("validation", splits.valid)):
         if not len(split):
             raise InputError(f"{name} split", expected="examples", got="none", fix="Give training images.")
     recipe.check(model, splits.train.batch(torch.arange(min(4, len(splits.train)))).x)
-    return _Trainer(model, splits, recipe, config, seed, run, validation, keep, watch or Silent()).run_all()
+    return _Trainer(model, splits, recipe, config, seed, run, validation, keep, watch or Silent(), world).run_all()
 
 
 class _Trainer:
@@ -110,9 +82,11 @@ class _Trainer:
         validation: Attack,
         keep: Collection[int],
         watch: Watch,
+        world: World,
     ) -> None:
         self.model, self.data, self.recipe, self.config = model, splits, recipe, config
         self.seed, self.run, self.validation, self.keep, self.watch = seed, run, validation, keep, watch
+        self.world, self.due = world, False
         self.device = splits.train.labels.device
         self.optimizer = make_optimizer(model, config)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
@@ -133,10 +107,14 @@ class _Trainer:
                 self.state_file, model=self.model, optimizer=self.optimizer, average=self.average
             )
             self.now = Progress(**facts)
+            self.memory |= {name: rows[self.world.rank :: self.world.size] for name, rows in self._rows().items()}
+        self.world.same(self.model)
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        synchronised = self.config.batch_norm == "synchronised"
+        with torch.random.fork_rng(devices=cuda), one_batch(self.model, self.world, synchronised=synchronised):
             while self.now.epoch < self.config.epochs and not self.now.stopped:
                 self._epoch()
+        self.world.wait()
         load_weights(self.model, self.run.path / "last.safetensors")
         self.model.eval()
         return self.now.records
@@ -145,39 +123,41 @@ class _Trainer:
         now, size = self.now, self.config.batch_size
         gen = generator("cpu", self.seed, "order", now.epoch)
         parts = torch.split(torch.randperm(len(self.data.train), generator=gen), size)
-        if len(parts) > 1 and len(parts[-1]) == 1 < size:  # BatchNorm has no variance over a single example
-            parts = parts[:-1]
+        if len(parts) > 1 and len(parts[-1]) < 2 * self.world.size <= size:
+            parts = parts[:-1]  # BatchNorm has no variance over a single example
         total = len(parts) * self.config.epochs
         started = time.monotonic()
         before = now.seconds
         self.model.train()
         for step in range(now.step, len(parts)):
-            self._steps(self.data.train.batch(parts[step]), now.epoch + step / len(parts), number=step)
+            self._steps(parts[step], now.epoch + step / len(parts), number=step)
             now.step = step + 1
             now.seconds = before + time.monotonic() - started
             self.watch.step(now.epoch * len(parts) + now.step, total, now.loss_sum / now.seen)
-            if time.monotonic() - self.saved >= self.config.checkpoint_seconds and now.step < len(parts):
+            if self.due and now.step < len(parts):
                 self._save()
         self._finish_epoch(before + time.monotonic() - started)
 
-    def _steps(self, batch: Batch, progress: float, *, number: int) -> None:
-        """Every step that the update takes on one batch."""
+    def _steps(self, index: Tensor, progress: float, *, number: int) -> None:
+        """Every step that the update takes on the batch ``index`` (B,), of which this process has its share."""
         config, now = self.config, self.now
-        gen = generator(self.device, self.seed, "step", now.epoch, number)
+        index = self.world.divisible(index)
+        batch = self.data.train.batch(self.world.share(index))
+        gen = self.world.generator(self.device, self.seed, "step", now.epoch, number, examples=len(index))
         torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
         x = batch.x
         for augmentation in self.augment:
             x = augmentation.augment(x, gen=gen)
         self.image = x[:1]
-        moment = Moment(progress, config.epochs, len(self.data.train), self.memory)
+        moment = Moment(progress, config.epochs, len(self.data.train), self.memory, self.world)
         batch = Batch(x, batch.y, batch.index, moment)
         rate = config.optimizer.lr * config.schedule.scale(progress, config.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         for _ in range(self.recipe.update.replays):
-            self._step(batch, gen, number=number)
+            self._step(batch, gen, len(index), number=number)
 
-    def _step(self, batch: Batch, gen: torch.Generator, *, number: int) -> None:
+    def _step(self, batch: Batch, gen: torch.Generator, n: int, *, number: int) -> None:
         config, now = self.config, self.now
         self.optimizer.zero_grad(set_to_none=True)
         recipe = self.recipe
@@ -185,20 +165,22 @@ class _Trainer:
             terms = recipe.update.backward(self.model, recipe.objective, recipe.regularizers, batch, gen=gen)
         except AttackBroken as error:
             raise self._stopped(f"the attack failed ({error})", number) from error
-        loss = terms.loss.item()
-        if not math.isfinite(loss):
-            raise self._stopped(f"the loss is {loss}", number)
+        asks = self.world.leads and time.monotonic() - self.saved >= config.checkpoint_seconds
+        found = exchange(self.world, self.model, terms, batch.y, asks=asks)
+        self.due = found.asked
+        if not math.isfinite(found.loss):
+            raise self._stopped(f"the loss is {found.loss}", number)
         if config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self._constrain("step", now.facts)
         if self.average is not None:
             update_average(self.average, self.model, config.averaging or 0.0)
-        now.loss_sum += loss * len(batch)
-        now.correct += int((terms.logits.detach().argmax(1) == batch.y).sum())
-        now.seen += len(batch)
-        for name, value in terms.parts.items():
-            now.parts[name] = now.parts.get(name, 0.0) + float(value.detach()) * len(batch)
+        now.loss_sum += found.loss * n
+        now.correct += round(found.accuracy * n)
+        now.seen += n
+        for name, value in found.parts.items():
+            now.parts[name] = now.parts.get(name, 0.0) + value * n
 
     def _stopped(self, why: str, number: int) -> TrainingStopped:
         return TrainingStopped(
@@ -220,11 +202,11 @@ class _Trainer:
             self._record(seconds)
         now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
         if now.epoch in self.keep or (config.snapshots and config.validates(now.epoch)):
-            save_weights(self.kept, self.run.path / f"epoch-{now.epoch}.safetensors", {"epoch": now.epoch})
+            self._keep(f"epoch-{now.epoch}", now.epoch)
         now.seconds = 0.0 if told else seconds
-        if told:
+        if told and self.world.leads:
             self.run.write_metrics(now.records)
-        if told or time.monotonic() - self.saved >= config.checkpoint_seconds:
+        if told or self.due:
             self._save()
         if told:
             self.watch.epoch(now.records[-1])
@@ -256,43 +238,45 @@ class _Trainer:
                     return
             if record[ROBUST] > now.best:
                 now.best, now.best_epoch, now.since_best = record[ROBUST], epoch, 0
-                save_weights(self.kept, self.run.path / "best.safetensors", {"epoch": epoch})
+                self._keep("best", epoch)
             else:
                 now.since_best += 1
             if now.since_best == config.patience and epoch < config.epochs:
                 record["stopped"] = now.stopped = (
                     f"early stopping: no better robust accuracy on validation images since epoch {now.best_epoch}"
                 )
-        save_weights(self.kept, self.run.path / "last.safetensors", {"epoch": epoch})
+        self._keep("last", epoch)
+
+    def _keep(self, name: str, epoch: int) -> None:
+        if self.world.leads:
+            save_weights(self.kept, self.run.path / f"{name}.safetensors", {"epoch": epoch})
 
     def _validate(self) -> dict[str, float]:
-        gen = generator(self.device, self.seed, "validate", self.now.epoch)
-        split = self.data.valid.first(self.config.validation_examples)
-        return validate(self.kept, split, self.validation, gen=gen, batch_size=max(self.config.batch_size, 250))
+        split, size = self.data.valid.first(self.config.validation_examples), max(self.config.batch_size, 250)
+        return validate(
+            self.kept,
+            split,
+            self.validation,
+            seed=self.seed,
+            epoch=self.now.epoch,
+            batch_size=size,
+            world=self.world,
+        )
+
+    def _rows(self) -> dict[str, Tensor]:
+        """What plug-ins remember for each example of a batch."""
+        return {name: rows for name, rows in self.memory.items() if name.startswith(ROWS)}
 
     def _save(self) -> None:
         require_finite(self.model, f"epoch {self.now.epoch + 1}, step {self.now.step}")
-        save_state(
-            self.state_file,
-            model=self.model,
-            optimizer=self.optimizer,
-            average=self.average,
-            memory=self.memory,
-            facts=vars(self.now),
-        )
+        memory = self.memory | {name: self.world.gather(rows) for name, rows in self._rows().items()}
+        if self.world.leads:
+            save_state(
+                self.state_file,
+                model=self.model,
+                optimizer=self.optimizer,
+                average=self.average,
+                memory=memory,
+                facts=vars(self.now),
+            )
         self.saved = time.monotonic()
-
-
-def validate(
-    model: nn.Module, split: Split, attack: Attack, *, gen: torch.Generator, batch_size: int
-) -> dict[str, float]:
-    """Clean loss, clean accuracy and robust accuracy (right before and after ``attack``) on ``split``."""
-    loss = clean = robust = 0.0
-    with untouched(model):
-        for batch in split.batches(batch_size):
-            found = evaluate(attack, model, batch, gen=gen)
-            loss += float(nn.functional.cross_entropy(found.clean_logits, batch.y, reduction="sum"))
-            clean += int(found.clean_correct.sum())
-            robust += int(found.robust.sum())
-    n = len(split)
-    return {"valid_loss": loss / n, "valid_accuracy": clean / n, ROBUST: robust / n}

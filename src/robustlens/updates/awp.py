@@ -83,6 +83,7 @@ class AWP:
         with still(model):
             before = objective.loss(model, dataclasses.replace(crafted, batch=aside(crafted.batch)))
             grads = torch.autograd.grad(before.loss, layers, materialize_grads=True)
+        batch.moment.world.average(grads)
         with displaced(layers, [self._step(w.detach(), g) for w, g in zip(layers, grads, strict=True)]):
             after = whole(model, objective, regularizers, crafted, gen=gen)
             backward_to_weights(model, after)

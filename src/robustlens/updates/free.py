@@ -15,7 +15,7 @@ from robustlens.threats.lp import Lp
 from robustlens.updates.descend import whole
 
 #: The perturbation (B, C, H, W) of the latest batch, in its order.
-DELTA = "free/delta"
+DELTA = "rows/free/delta"
 
 
 @dataclass(frozen=True, kw_only=True)

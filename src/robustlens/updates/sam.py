@@ -87,6 +87,7 @@ class SAM:
         weights = [p for p in model.parameters() if p.requires_grad]
         terms = whole(model, objective, regularizers, crafted, gen=gen)
         grads = torch.autograd.grad(terms.loss, weights, materialize_grads=True)
+        batch.moment.world.average(grads)
         with still(model), displaced(weights, self._ascent([w.detach() for w in weights], grads)):
             if self.recraft:
                 again = objective.craft(model, start, gen=twin)

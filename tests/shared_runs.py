@@ -1,0 +1,112 @@
+"""Small trainings in float64 that two processes share, and the process that takes part in them."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_runs import config, fresh, small_splits
+from torch import distributed, nn
+
+from robustlens.attacks.pgd import PGD
+from robustlens.core.discovery import discover
+from robustlens.core.types import Split, Splits
+from robustlens.core.world import World, joined
+from robustlens.models.classifier import Chain
+from robustlens.models.linear import Logistic
+from robustlens.objectives.adversarial import Adversarial
+from robustlens.objectives.standard import Standard
+from robustlens.results.errors import InputError
+from robustlens.results.store import RunDirectory
+from robustlens.threats.lp import Lp
+from robustlens.train.config import TrainingConfig
+from robustlens.train.loop import train
+from robustlens.train.recipe import Recipe
+
+PROCESSES = 2
+
+
+def net(*, across: bool) -> nn.Module:
+    """Piecewise linear, in float64; with layers that look ``across`` a batch or draw for it, or without."""
+    layers: dict[str, nn.Module] = {"conv": nn.Conv2d(1, 4, 3, padding=1, stride=2)}
+    if across:
+        layers["norm"] = nn.BatchNorm2d(4)
+    layers |= {"relu1": nn.ReLU(), "flatten": nn.Flatten()}
+    if across:
+        layers["drop"] = nn.Dropout(0.2)
+    layers |= {"fc1": nn.Linear(64, 8), "relu2": nn.ReLU(), "fc2": nn.Linear(8, 4)}
+    return Chain(OrderedDict(layers)).double()
+
+
+def cases() -> Iterator[tuple[str, Recipe, TrainingConfig]]:
+    """Every discovered part alone, and what needs more than one of them.
+
+    Of 44 images the last batch has 4, of 16 for the validation 5 are seen: two processes have 3 and 2 of them.
+    """
+    plain = config(
+        epochs=2, optimizer={"name": "sgd", "lr": 0.05, "momentum": 0.9}, validate_every=2, validation_examples=5
+    )
+    pgd = PGD(threat=Lp("l2", 0.5), steps=2)
+    for number, objective in enumerate(examples("objective")):
+        yield f"{objective.name}-{number}", Recipe(objective=objective), plain
+    for number, regularizer in enumerate(examples("regularizer")):
+        yield f"{regularizer.name}-{number}", Recipe(objective=Standard(), regularizers=(regularizer,)), plain
+    for number, update in enumerate(examples("update")):
+        yield f"{update.name}-{number}", Recipe(objective=Standard(), update=update), plain
+    for number, constraint in enumerate(examples("constraint")):
+        yield f"{constraint.name}-{number}", Recipe(objective=Standard(), constraints=(constraint,)), plain
+    attacked = Recipe(objective=Adversarial(attack=pgd))
+    settings: dict[str, dict[str, Any]] = {
+        "augmented": {"augment": [{"name": "pad-crop", "padding": 1}, "flip", "random-resized-crop"]},
+        "averaged": {"averaging": 0.8, "grad_clip": 0.5},
+        "rmsprop": {"optimizer": {"name": "rmsprop", "lr": 1e-3}},
+    }
+    for name, setting in settings.items():
+        yield name, attacked, config(**{"epochs": 2, "validate_every": 2, **setting})
+    seen = Adversarial(attack=pgd, craft_mode="train", clean_weight=0.5)
+    synchronised = config(epochs=2, batch_norm="synchronised", validate_every=2)
+    yield "across", attacked, synchronised
+    yield "across-crafting", Recipe(objective=seen), synchronised
+    for name in ("jacobian", "data-spectral-norm"):
+        twice = discover("regularizer")[name].examples()[0]
+        yield f"across-{name}", Recipe(objective=attacked.objective, regularizers=(twice,)), synchronised
+
+
+def examples(kind: str) -> list[Any]:
+    return [example for cls in discover(kind).values() for example in cls.examples()]
+
+
+def carry_out(case: str, recipe: Recipe, settings: TrainingConfig, place: Path, world: World) -> None:
+    """Train it; on two of the four classes, and a single logit, where the method asks for that."""
+    splits = small_splits(44)
+    splits = Splits(splits.name, *map(double, (splits.train, splits.valid, splits.test)), classes=splits.classes)
+    model = fresh(lambda: net(across=case.startswith("across")))
+    attack = PGD(threat=Lp("linf", 0.02), steps=2)
+    try:
+        recipe.check(model, splits.train.batch(torch.arange(4)).x)
+    except InputError:
+        for split in (splits.train, splits.valid):
+            split.labels.remainder_(2)
+        model = fresh(lambda: Logistic().build((1, 8, 8), 2)).double()
+    train(model, splits, recipe, settings, seed=3, run=RunDirectory(place / case), validation=attack, world=world)
+
+
+def double(split: Split) -> Split:
+    return Split(split.images.double(), split.labels)
+
+
+def main(root: Path, rank: int) -> None:
+    """Be the process ``rank`` of all cases."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=PROCESSES)
+    for case, recipe, settings in cases():
+        carry_out(case, recipe, settings, root, joined())
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,45 @@
+"""Two processes with 4 images each are one process with 8."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shared_runs
+import torch
+from safetensors.torch import load_file
+from shared_runs import PROCESSES, carry_out, cases
+
+from robustlens.core.world import World
+from robustlens.results.store import RunDirectory
+
+CASES = {case: (recipe, settings) for case, recipe, settings in cases()}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case, trained by two processes."""
+    root = tmp_path_factory.mktemp("shared")
+    commands = [[sys.executable, shared_runs.__file__, str(root), str(rank)] for rank in range(PROCESSES)]
+    here = Path(shared_runs.__file__).parent
+    working = [subprocess.Popen(each, stderr=subprocess.PIPE, text=True, cwd=here) for each in commands]
+    said = [process.communicate(timeout=300)[1] for process in working]
+    assert [process.returncode for process in working] == [0] * PROCESSES, said
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_what_one_trains(case: str, shared: Path, tmp_path: Path) -> None:
+    """To 1e-10, with random starts, dropout, augmentation and BatchNorm over the whole batch too."""
+    carry_out(case, *CASES[case], tmp_path, World())
+    for name in ("last", "best"):
+        alone, both = (load_file(place / case / f"{name}.safetensors") for place in (tmp_path, shared))
+        for key, value in alone.items():
+            torch.testing.assert_close(both[key], value, rtol=1e-10, atol=1e-10)
+    alone, both = (RunDirectory(place / case).metrics() for place in (tmp_path, shared))
+    for one, other in zip(alone, both, strict=True):
+        assert other.keys() == one.keys()
+        for key in one.keys() - {"seconds"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
