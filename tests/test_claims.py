@@ -113,6 +113,20 @@ def test_a_difference_is_paired_by_seed() -> None:
     assert compare(LOSS, RISES, first=PGD, second=is_standard)([*a, *b]) == []
 
 
+def test_with_the_same_draws_only_seeds_make_the_interval() -> None:
+    first = is_regularized("average-margin")
+    a = [run("AMR", gap((x, 1.0)), seed=s, regularizers=["average-margin"]) for s, x in enumerate([2.0, 3.0, 4.0])]
+    b = [run("standard", gap((x, 1.0)), seed=s) for s, x in enumerate([1.0, 1.5, 1.9])]
+    judge = compare(LOSS, (1.8, 2.3), first=first, second=is_standard, ratio=True, same_draws=True)
+    (verdict,) = judge([*a, *b])
+    logs = np.log([2.0, 2.0, 4 / 1.9])
+    half = student.ppf(0.975, 2) * logs.std(ddof=1) / sqrt(3)
+    assert verdict.statistic is not None and verdict.statistic.low == pytest.approx(exp(logs.mean() - half))
+    (alone,) = judge([a[0], b[0]])
+    half = np.hypot(0.5, 1.0)
+    assert alone.statistic is not None and alone.statistic.low == pytest.approx(2 * exp(-half))
+
+
 def test_a_ratio_has_the_interval_of_its_logarithm() -> None:
     runs = [run("AMR", gap((3.0, 0.3)), regularizers=["average-margin"]), run("standard", gap((1.5, 0.06)))]
     first = is_regularized("average-margin")

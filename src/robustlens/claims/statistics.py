@@ -103,12 +103,21 @@ def line(
 
 
 def compare(
-    ask: Ask, region: Region, *, first: Part, second: Part, ratio: bool = False, against: Ask | None = None
+    ask: Ask,
+    region: Region,
+    *,
+    first: Part,
+    second: Part,
+    ratio: bool = False,
+    against: Ask | None = None,
+    same_draws: bool = False,
 ) -> Judge:
     """A quantity of one method minus that of another, or over it; each setting's runs are paired by seed.
 
     ``against`` is what is asked of the second, where that is another quantity. Where several configurations play the
     same part, every pair is judged. Readings under different threats are not compared, unless each is ``own``.
+    ``same_draws`` says that both saw the same images and directions, whose chance they share: of several seeds the
+    interval is then over seeds alone, and speaks of these images.
     """
 
     def judged(a: Mapping[int, Run], b: Mapping[int, Run]) -> Verdict | None:
@@ -123,7 +132,7 @@ def compare(
         where = f"{describe(one)}: {one.method} and {two.method}"
         values = [float(np.mean([pair[k][0].value for pair in pairs])) for k in (0, 1)]
         text = f"{pairs[0][0][0].name} {values[0]:.4g} and {values[1]:.4g}"
-        return _of_pairs(pairs, region, where, text, ratio)
+        return _of_pairs(pairs, region, where, text, ratio, same_draws and len(pairs) > 1)
 
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         found = []
@@ -191,14 +200,17 @@ def within(ask: Ask, against: Ask, region: Region, *, member: Part, ratio: bool 
     return judge
 
 
-def _of_pairs(pairs: Sequence[tuple[Found, Found]], region: Region, where: str, text: str, ratio: bool) -> Verdict:
-    """First minus second, or over it, over the seeds."""
-    if not ratio:
-        samples = [linear([1.0, -1.0], pair) for pair in pairs]
-        return verdict_of(samples, region, where, text, pairs[0][0][0].unit, "difference")
-    if min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
+def _of_pairs(
+    pairs: Sequence[tuple[Found, Found]], region: Region, where: str, text: str, ratio: bool, seeds_alone: bool = False
+) -> Verdict:
+    """First minus second, or over it, over the seeds, and over the examples unless ``seeds_alone`` count."""
+    if ratio and min(quantity.value for pair in pairs for quantity, _ in pair) <= 0:
         return Verdict("undecided", where, f"{text}; a ratio needs positive numbers.")
-    return verdict_of([_ratio(*pair) for pair in pairs], region, where, text, "", "ratio", logarithmic=True)
+    samples = [_ratio(*pair) if ratio else linear([1.0, -1.0], pair) for pair in pairs]
+    if seeds_alone:
+        samples = [replace(sample, error=None) for sample in samples]
+    unit, kind = ("", "ratio") if ratio else (pairs[0][0][0].unit, "difference")
+    return verdict_of(samples, region, where, text, unit, kind, logarithmic=ratio)
 
 
 def _alike(pairs: Sequence[tuple[Found, Found]]) -> bool:

@@ -80,7 +80,8 @@ def noise_beside_standard(ask: Ask, region: Region) -> Judge:
             most = max((strength(run) or 0.0 for run in noisy), default=0.0)
             strongest = [run for run in noisy if strength(run) == most]
             standard = [run for run in runs if is_standard(run)]
-            found += compare(ask, region, first=noise, second=is_standard, ratio=True)([*strongest, *standard])
+            judged = compare(ask, region, first=noise, second=is_standard, ratio=True, same_draws=True)
+            found += judged([*strongest, *standard])
         return found
 
     return judge
@@ -150,7 +151,7 @@ CLAIMS: tuple[Claim, ...] = (
         section="§5.1, figures 1 and 2",
         sentence="Random noise does not sharpen the landscape as adversarial noise does.",
         measured="Rise at α = ± 0.5 after training on the strongest noise over that of standard training, both under "
-        "that noise; between 0.8 and 1.25.",
+        "that noise, on the same images along the same directions; between 0.8 and 1.25.",
         judge=noise_beside_standard(under_noise("weight-landscape", "rise at ±0.5"), (0.8, 1.25)),
         needs="training on uniform noise and standard training, with weight-landscape under that noise",
     ),
