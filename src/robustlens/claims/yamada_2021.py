@@ -129,10 +129,26 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="004-eigenvalues-grow-filter-normalised",
         paper="ours, after Yamada et al. 2021",
-        section="trap T8",
+        section="§5.1, figure 3",
         sentence="They also grow where the size of the weights drops out.",
         measured="The same change in filter-normalised coordinates; above 0.",
         judge=trend(Ask("hessian", f"{STRONGEST}, filter-normalised", own=True), RISES, member=pgd),
+        needs=NEEDS.format(lens="hessian"),
+    ),
+    Claim(
+        name="004-adversary-held-or-following",
+        paper="ours, after Yamada et al. 2021",
+        section="§5.1, figure 3",
+        sentence="It makes little difference whether the Hessian holds the adversary or lets it follow the weights.",
+        measured="Curvature of the robust loss along the leading direction with the attack run again on both sides, "
+        "over the leading eigenvalue with the adversary held; between 0.85 and 1.15.",
+        judge=within(
+            Ask("hessian", "curvature along the leading direction (adversarial, frozen), attacking again", own=True),
+            Ask("hessian", STRONGEST, own=True),
+            (0.85, 1.15),
+            member=pgd,
+            ratio=True,
+        ),
         needs=NEEDS.format(lens="hessian"),
     ),
     Claim(
