@@ -140,6 +140,8 @@ def _coerce(hint: Any, value: Any) -> Any:
 def _validated(what: str, hint: Any, value: Any) -> Any:
     if isinstance(value, bool) and hint in (int, float, int | None, float | None):
         raise InputError(what, expected="a number", got=repr(value), fix="Correct the value; see `robustlens list`.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(what, expected="a number of 64 bits", got=f"{value:.3e}", fix="Correct the value.")
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
         return adapter.validate_python(value)

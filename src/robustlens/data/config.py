@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class DataConfig(BaseModel):
@@ -44,9 +45,9 @@ class DataConfig(BaseModel):
     image_column: str | None = None
     label_column: str | None = None
     #: Shorter side, in pixels, that every image is scaled to first (bilinear, antialiased); None leaves the scale.
-    resize: Count | None = None
+    resize: Side | None = None
     #: Side, in pixels, of the square that is then cut from the centre; None cuts nothing.
-    size: Count | None = None
+    size: Side | None = None
     #: The same for training images, where an augmentation that crops needs more than ``size``. Tiny-ImageNet:
     #: ``size = 56``, ``train_size = 64`` and the augmentation ``random-resized-crop`` with ``size = 56``.
-    train_size: Count | None = None
+    train_size: Side | None = None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +24,10 @@ from robustlens.results.errors import InputError
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY = ("L", "1", "LA")
 _ORIENTATION = 0x0112
+#: The formats that are opened: Pillow knows others that are seldom tested, or that run a program (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+#: Bytes of the largest file that is read as an image.
+LARGEST = 2**28
 #: Trying every format that Pillow knows takes longer than decoding a small image; these tell by their first bytes.
 _MAGIC = {b"\x89PNG": ("PNG",), b"\xff\xd8\xff\xe0": ("JPEG",), b"RIFF": ("WEBP",)}
 #: Bytes of an image from which decoding in threads pays; below, they only wait for each other.
@@ -47,8 +55,9 @@ class Encoded:
             InputError: an image that cannot be read, has more than 8 bits a channel, or differs in size.
         """
         wanted = rows.tolist()
-        first = self._decoded(wanted[0], fit)
-        out = np.empty((len(wanted), *first.shape), dtype=np.uint8)
+        with _no_bombs():
+            first = self._decoded(wanted[0], fit)
+        out = _room(self.where(wanted[0]), (len(wanted), *first.shape))
 
         def fill(part: range) -> None:
             for position in part:
@@ -59,7 +68,7 @@ class Encoded:
 
         parts = [range(start, min(start + 256, len(wanted))) for start in range(0, len(wanted), 256)]
         large = len(self.read(wanted[0])) >= _WORTH_A_THREAD
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if large else 1) as pool:
+        with _no_bombs(), ThreadPoolExecutor(min(8, os.cpu_count() or 1) if large else 1) as pool:
             list(pool.map(fill, parts))
         return torch.from_numpy(out)
 
@@ -91,12 +100,42 @@ class Encoded:
         )
 
 
+def _room(what: str, shape: tuple[int, ...]) -> _Pixels:
+    """An array for decoded images, where this machine has the memory for it."""
+    there, asked = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), math.prod(shape)
+    if asked > there:
+        raise InputError(
+            what,
+            expected=f"images that fit into this machine's {there / 2**30:.1f} GiB of memory",
+            got=f"{asked / 2**30:.1f} GiB for {shape[0]:,} of them with {shape[-2]}×{shape[-1]} pixels",
+            fix="Set resize or size, or keep fewer images with train, valid and test.",
+        )
+    return np.empty(shape, dtype=np.uint8)
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of the regular file ``path`` (a pipe would wait for ever); raises OSError for another or a huge one."""
+    if not path.is_file():
+        raise OSError("no regular file")
+    if path.stat().st_size > LARGEST:
+        raise OSError(f"a file of more than {LARGEST:,} bytes")
+    return path.read_bytes()
+
+
+@contextmanager
+def _no_bombs() -> Iterator[None]:
+    """An image of more than 89 million pixels, at which Pillow warns, is an error before it is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
 class _TooDeep(Exception):
     pass
 
 
 def _open(data: bytes, grey: bool) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4]))
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4], FORMATS))
     if image.mode in _DEEP:
         raise _TooDeep(image.mode)
     if image.format in ("JPEG", "MPO", "TIFF", "WEBP") and image.getexif().get(_ORIENTATION):
@@ -109,9 +148,10 @@ def mostly_grey(read: Callable[[int], bytes], count: int) -> bool:
     """Whether more than half of 65 images, evenly spread over ``count``, are grey-scale (unreadable ones count out)."""
     votes = 0
     rows = np.unique(np.linspace(0, count - 1, min(count, 65)).astype(int))
-    for row in rows:
-        try:
-            votes += 1 if Image.open(io.BytesIO(read(int(row)))).mode in _GREY else -1
-        except Exception:  # said with its place when it is decoded
-            continue
+    with _no_bombs():
+        for row in rows:
+            try:
+                votes += 1 if Image.open(io.BytesIO(read(int(row))), formats=FORMATS).mode in _GREY else -1
+            except Exception:  # said with its place when it is decoded
+                continue
     return votes > 0

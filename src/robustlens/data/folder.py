@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from robustlens.data.decode import Encoded, mostly_grey
+from robustlens.data.decode import Encoded, mostly_grey, read_image
 from robustlens.data.raw import RawSplit, Source
 from robustlens.data.tables import SPLIT_NAMES
-from robustlens.results.errors import InputError, unknown_name
+from robustlens.results.errors import InputError, printable, unknown_name
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"})
 
@@ -44,9 +44,9 @@ def read_folder(directory: Path) -> Source:
         labels = torch.tensor([classes.index(name) for name, _ in items], dtype=torch.int64)
         splits[split] = labels, [path for _, path in items]
     paths = splits["train"][1]
-    grey = mostly_grey(lambda row: paths[row].read_bytes(), len(paths))
+    grey = mostly_grey(lambda row: read_image(paths[row]), len(paths))
     raw = {split: RawSplit(labels, _encoded(files, grey)) for split, (labels, files) in splits.items()}
-    return Source(directory.name, raw, tuple(classes))
+    return Source(directory.name, raw, tuple(map(printable, classes)))
 
 
 def _images(root: Path) -> list[tuple[str, Path]]:
@@ -61,4 +61,4 @@ def _images(root: Path) -> list[tuple[str, Path]]:
 
 
 def _encoded(files: Sequence[Path], grey: bool) -> Encoded:
-    return Encoded(lambda row: files[row].read_bytes(), lambda row: str(files[row]), grey)
+    return Encoded(lambda row: read_image(files[row]), lambda row: str(files[row]), grey)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from robustlens.data.raw import Source
@@ -26,6 +27,7 @@ def read_hub(name: str, image_column: str | None, label_column: str | None) -> S
         InputError: no such data set, a configuration that is missing or unknown, or the Hub cannot be reached.
     """
     import datasets  # here, because it is slow to import and most sources do without it
+    import huggingface_hub
 
     identifier, _, configuration = name.partition(":")
     try:
@@ -57,7 +59,8 @@ def read_hub(name: str, image_column: str | None, label_column: str | None) -> S
         if split in SPLIT_NAMES:
             tables[SPLIT_NAMES[split]] = data.with_format("arrow")[:]
             names_of |= {c: f.names for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
-    return from_tables(name, tables, names_of, image_column, label_column)
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(huggingface_hub.constants.HF_HUB_CACHE)]
+    return from_tables(name, tables, names_of, image_column, label_column, caches)
 
 
 def _line(error: Exception) -> str:

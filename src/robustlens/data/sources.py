@@ -44,12 +44,12 @@ def open_source(config: DataConfig) -> Source:
     columns = config.image_column, config.label_column
     root = os.environ.get(ROOT)
     is_bare = re.fullmatch(r"[\w-][\w.-]*", name) is not None
-    if is_bare and root and Path(root, name).is_dir():
+    if is_bare and root and os.path.isdir(Path(root, name)):
         return read_directory(Path(root, name), *columns)
     if is_bare and name in WELL_KNOWN:
         return read_hub(WELL_KNOWN[name], *columns)
-    if Path(name).expanduser().is_dir():
-        return read_directory(Path(name).expanduser().resolve(), *columns)
+    if os.path.isdir(path := os.path.expanduser(name)):  # unlike pathlib's, false for what no path can be
+        return read_directory(Path(path).resolve(), *columns)
     if _HUB_ID.fullmatch(name):
         return read_hub(name, *columns)
     if is_bare:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from robustlens.data.decode import Encoded, mostly_grey
+from robustlens.data.decode import Encoded, mostly_grey, read_image
 from robustlens.data.raw import RawSplit, Source
-from robustlens.results.errors import InputError, unknown_name
+from robustlens.results.errors import InputError, printable, unknown_name
+from robustlens.results.files import parse_json, read_table
+
+#: A file that would become this many times its own size in memory is refused (small ones may): encoded images hardly
+#: compress, so that it was made to fill the memory.
+EXPANSION, SMALL = 100, 2**28
 
 #: How a split is called, by the words that data sets use for it.
 SPLIT_NAMES = {
@@ -45,6 +49,8 @@ def read_parquet(directory: Path, image_column: str | None, label_column: str | 
     files: dict[str, list[Path]] = {}
     homes: set[Path] = set()
     for path in sorted(directory.rglob("*.parquet")):
+        if not path.is_file():  # a pipe would wait for ever
+            continue
         inside = path.parent != directory and path.parent.name.lower() in SPLIT_NAMES
         homes.add(path.parent.parent if inside else path.parent)
         named = path.parent.name if inside else re.split(r"[-_.]", path.name)[0]
@@ -66,18 +72,16 @@ def read_parquet(directory: Path, image_column: str | None, label_column: str | 
             parts = [_read_file(path, image_column, label_column) for path in files[split]]
             names_of |= _class_names(parts[0].schema.metadata)
             tables[split] = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
-    return from_tables(directory.name, tables, names_of, image_column, label_column)
+    return from_tables(directory.name, tables, names_of, image_column, label_column, (directory,))
 
 
 def _read_file(path: Path, image_column: str | None, label_column: str | None) -> pa.Table:
     try:
-        file = pq.ParquetFile(path)
-        columns = file.schema_arrow.names
-        image, label = pick_columns(str(path), columns, image_column, label_column)
-        return file.read(columns=[image, label])
+        image, label = pick_columns(str(path), pq.read_schema(path).names, image_column, label_column)
+        return read_table(path, [image, label], limit=max(SMALL, EXPANSION * path.stat().st_size))
     except InputError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise InputError(
             str(path),
             expected="a readable parquet file",
@@ -88,13 +92,15 @@ def _read_file(path: Path, image_column: str | None, label_column: str | None) -
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     """Column → class names, from the features that Hugging Face writes into a parquet file."""
-    info = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = info.get("info", {}).get("features", {})
-    return {
-        column: list(feature["names"])
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
+    try:
+        features = parse_json((metadata or {}).get(b"huggingface", b"{}").decode())["info"]["features"]
+        return {
+            column: [printable(str(name)) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):  # no names there: the labels' values name the classes
+        return {}
 
 
 def pick_columns(where: str, columns: Iterable[str], image: str | None, label: str | None) -> tuple[str, str]:
@@ -129,11 +135,12 @@ def from_tables(
     names_of: Mapping[str, list[str]],
     image_column: str | None,
     label_column: str | None,
+    homes: Sequence[Path],
 ) -> Source:
     """A source from one arrow table a split.
 
     ``names_of`` gives the class names of a label column; without them the classes are the values of the training
-    split, sorted.
+    split, sorted. Images that a table names by their path are read where that lies below one of ``homes``.
 
     Raises:
         InputError: no training split, no such column, labels that are missing or of no class, images of another type.
@@ -148,14 +155,14 @@ def from_tables(
     image, label = pick_columns(f"data set {name}", tables["train"].column_names, image_column, label_column)
     names = names_of.get(label)
     values = list(range(len(names))) if names else _values(name, tables["train"][label])
-    reads = {split: _reader(name, table[image]) for split, table in tables.items()}
+    reads = {split: _reader(name, table[image], homes) for split, table in tables.items()}
     grey = mostly_grey(reads["train"], len(tables["train"]))
     splits = {}
     for split, table in tables.items():
         labels = _numbered(f"data set {name}, split {split}, column {label!r}", table[label], values)
         where = _where(name, split)
         splits[split] = RawSplit(labels, Encoded(reads[split], where, grey))
-    return Source(name, splits, tuple(names or map(str, values)))
+    return Source(name, splits, tuple(names or (printable(str(value)) for value in values)))
 
 
 def _where(name: str, split: str) -> Any:
@@ -191,7 +198,7 @@ def _numbered(what: str, column: pa.ChunkedArray, values: list[Any]) -> Tensor:
     return torch.from_numpy(numbers.to_numpy().astype(np.int64))
 
 
-def _reader(name: str, column: pa.ChunkedArray) -> Any:
+def _reader(name: str, column: pa.ChunkedArray, homes: Sequence[Path]) -> Any:
     """``row -> bytes`` of a column of ``{bytes, path}`` or of bytes."""
     kind = column.type
     paths = None
@@ -210,7 +217,11 @@ def _reader(name: str, column: pa.ChunkedArray) -> Any:
     def read(row: int) -> bytes:
         data = column[row].as_py()
         if data is None and paths is not None and paths[row].as_py() is not None:
-            return Path(paths[row].as_py()).read_bytes()
+            named = [(home, (home / paths[row].as_py()).resolve()) for home in homes]
+            inside = [path for home, path in named if path.is_relative_to(home.resolve())]
+            if not inside:
+                raise ValueError("its path leads out of the data set")
+            return read_image(inside[0])
         if data is None:
             raise ValueError("no bytes")
         return bytes(data)

@@ -7,8 +7,10 @@ an error here: probabilities instead of logits, pixels from 0 to 255, normalised
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from robustlens.models.classifier import check_request
 from robustlens.models.normalize import Normalized
 from robustlens.results.errors import InputError
 
+#: An archive whose members would become this many times its size is refused: weights hardly compress.
+EXPANSION = 100
 #: How far a row of probabilities may be from summing to one.
 SUM_TOLERANCE = 1e-3
 #: Images of a check are scaled by this to tell a sigmoid, which stays in [0, 1], from a logit, which does not.
@@ -122,13 +126,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy the tensors of ``path`` into ``model``; every name and shape has to fit.
 
     Read are safetensors files, and PyTorch files (.pt, .pth) that hold a state dict and nothing that would run code
-    when opened. A state dict may lie under "state_dict" and its names may start with "module.".
+    when opened. A state dict may lie under "state_dict" and its names may start with "module.". Floats of another
+    precision are converted.
 
     Raises:
-        InputError: a file that cannot be read, or the first tensor that is missing, unexpected or of another shape.
+        InputError: a file that cannot be read, or the first tensor that is missing, unexpected, of another shape or
+            kind, or not a number.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(str(path), expected="a file of weights", got="no such file", fix="Check the path.")
     readers = {".safetensors": _read_safetensors, ".pt": _read_torch, ".pth": _read_torch}
     if path.suffix not in readers:
@@ -163,6 +169,17 @@ def _check_fit(path: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
                 got=str(tuple(tensor.shape)),
                 fix=fix,
             )
+        kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (tensor, wanted[name])]
+        if kinds[0] != kinds[1] or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "a meta" if tensor.is_meta else "a quantized" if tensor.is_quantized else f"a {tensor.layout}"
+            raise InputError(
+                path,
+                expected=f"tensor {name!r} as plain numbers like {wanted[name].dtype}",
+                got=f"{kind} tensor of {tensor.dtype}",
+                fix=fix,
+            )
+        if bool(tensor.isnan().any()):
+            raise InputError(path, expected=f"numbers in tensor {name!r}", got="NaN", fix="Its training diverged.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -175,8 +192,25 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def require_modest(path: Path, what: str) -> None:
+    """Refuse a zip archive that would fill the memory when it is unpacked."""
+    try:
+        members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(what, expected="an archive", got=_line(error), fix="Download or save it again.") from error
+    size, there = sum(member.file_size for member in members), path.stat().st_size
+    if size > EXPANSION * there:
+        raise InputError(
+            what,
+            expected=f"an archive of at most {EXPANSION} times its size",
+            got=f"{size:,} bytes packed into {there:,}",
+            fix="Save it again without compression.",
+        )
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     fix = "Where you trust it, load it yourself and save model.state_dict() with safetensors.torch.save_file."
+    require_modest(path, str(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch suspects of a foreign pickle is said by the error below
@@ -188,7 +222,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             got="a pickle that would run code when opened, or a damaged file",
             fix=fix,
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise InputError(str(path), expected="a PyTorch state dict", got=_line(error), fix=fix) from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]

@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from robustlens.models.adapter import WithNormalizer
+from robustlens.models.adapter import WithNormalizer, require_modest
 from robustlens.models.normalize import ChannelStandardize
 from robustlens.results.errors import InputError
 
@@ -117,7 +117,7 @@ def _check_batch(program: torch.fx.GraphModule) -> None:
 def is_foreign(name: str) -> bool:
     """Whether ``name`` is one of "timm:…", "robustbench:…", or a file."""
     library = any(name.startswith(f"{known}:") for known in LIBRARIES)
-    return library or Path(name).suffix in SUFFIXES or Path(name).is_file()
+    return library or Path(name).suffix in SUFFIXES or os.path.isfile(name)
 
 
 def open_foreign(name: str, *, data: str, threat: str) -> nn.Module:
@@ -140,8 +140,9 @@ def open_program(path: Path) -> nn.Module:
     Raises:
         InputError: no such file, a file of another kind, a damaged one, or one with a pickle that would run code.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"model {path}", expected="a file", got="no such file", fix="Check the path.")
+    require_modest(path, f"model {path}")
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     tops = {"/".join(name.split("/")[1:]) or name for name in names}
     exported = "models/model.json" in tops or "serialized_exported_program.json" in names

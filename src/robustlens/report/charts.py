@@ -245,7 +245,7 @@ def _cells(centres: Floats) -> tuple[list[float | None], list[float | None]]:
 
     A cell reaches a little into the next one, which closes the hairlines that renderers leave between them.
     """
-    if len(centres) == 1:
+    if len(centres) <= 1:
         return _plain(centres - 0.5), _plain(centres + 0.5)
     middle = (centres[1:] + centres[:-1]) / 2
     bounds = np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])

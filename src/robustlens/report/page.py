@@ -93,7 +93,7 @@ def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str, front: S
         bundle=Markup(_bundle() if specs else ""),
         version=robustlens.__version__,
     )
-    write_atomically(Path(path), text.encode())
+    write_atomically(Path(path), text.encode("utf-8", "replace"))  # a title can hold bytes that are not UTF-8
     return Path(path)
 
 

@@ -22,8 +22,23 @@ class InputError(RobustlensError, ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, expected: str, got: str, fix: str) -> None:
-        super().__init__(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split()))
+        what, got = shortened(what), shortened(got)
+        super().__init__(printable(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split())))
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
+
+
+#: Control characters other than tabs and new lines, which could steer a terminal, and what is shown in their place.
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "�")
+
+
+def printable(text: str) -> str:
+    """``text`` as it can be printed and written: no control characters, and no bytes that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode().translate(_CONTROL)
+
+
+def shortened(text: str, length: int = 500) -> str:
+    """``text``, or its beginning and end where it is longer than ``length``."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 2 :]}"
 
 
 def require_at_least(part: Any, **least: float) -> None:

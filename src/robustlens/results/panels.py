@@ -1,18 +1,19 @@
 """Drawable results: curves, histograms, heat maps, tables and picture galleries.
 
 A panel is frozen numpy data. ``columns()`` gives it as a flat table for parquet and ``facts()`` gives the rest as
-JSON values; ``restore(facts, columns)`` is their inverse. Panels of equal ``title`` from several runs are drawn
-over each other.
+JSON values; ``restore(facts, columns)`` is their inverse, and checks what it gets: anybody may have written it. Panels
+of equal ``title`` from several runs are drawn over each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 Floats = NDArray[np.float64]
 Columns = Mapping[str, Sequence[Any]]
@@ -20,6 +21,54 @@ Columns = Mapping[str, Sequence[Any]]
 
 def _floats(values: Any) -> Floats:
     return np.asarray(values, dtype=np.float64)
+
+
+def _flat(values: Any) -> Floats:
+    """A column of numbers (n,); raises ValueError for anything else."""
+    found = _floats(values)
+    if found.ndim != 1:
+        raise ValueError("a column is not made of numbers")
+    return found
+
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class CurveFacts(BaseModel):
+    title: str
+    x_label: str
+    y_label: str
+    y_range: tuple[float, float] | None
+    log_y: bool
+    names: list[str]
+
+
+class HistogramFacts(BaseModel):
+    title: str
+    x_label: str
+    names: list[str]
+    edges: list[float]
+
+
+class HeatmapFacts(BaseModel):
+    title: str
+    x_label: str
+    y_label: str
+    x: list[float]
+    y: list[float]
+
+
+class TableFacts(BaseModel):
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+
+
+class GalleryFacts(BaseModel):
+    title: str
+    header: tuple[str, ...]
+    captions: tuple[str, ...]
+    shape: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Size, Size, Literal[1, 3]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,27 +114,20 @@ class Curve:
         return rows
 
     @classmethod
-    def restore(cls, title: str, facts: Mapping[str, Any], columns: Columns) -> Self:
-        owner = np.asarray(columns["series"], dtype=object)
+    def restore(cls, facts: CurveFacts, columns: Columns) -> Self:
+        owner = columns["series"]
 
         def part(column: str, name: str) -> Floats | None:
             values = [v for v, o in zip(columns[column], owner, strict=True) if o == name]
-            return None if any(v is None for v in values) else _floats(values)
+            return None if any(v is None for v in values) else _flat(values)
 
         series = []
-        for name in facts["names"]:
+        for name in facts.names:
             x, y = part("x", name), part("y", name)
-            assert x is not None and y is not None
+            if x is None or y is None:
+                raise ValueError("a curve without numbers")
             series.append(Series(name, x, y, part("low", name), part("high", name)))
-        y_range = facts["y_range"]
-        return cls(
-            title,
-            facts["x_label"],
-            facts["y_label"],
-            tuple(series),
-            None if y_range is None else (float(y_range[0]), float(y_range[1])),
-            facts["log_y"],
-        )
+        return cls(facts.title, facts.x_label, facts.y_label, tuple(series), facts.y_range, facts.log_y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +147,11 @@ class Histogram:
         return {name: _floats(values).tolist() for name, values in self.counts.items()}
 
     @classmethod
-    def restore(cls, title: str, facts: Mapping[str, Any], columns: Columns) -> Self:
-        counts = {name: _floats(columns[name]) for name in facts["names"]}
-        return cls(title, facts["x_label"], _floats(facts["edges"]), counts)
+    def restore(cls, facts: HistogramFacts, columns: Columns) -> Self:
+        counts = {name: _flat(columns[name]) for name in facts.names}
+        if any(len(each) + 1 != len(facts.edges) for each in counts.values()):
+            raise ValueError("a histogram has one edge more than it has counts")
+        return cls(facts.title, facts.x_label, _flat(facts.edges), counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +178,9 @@ class Heatmap:
         return {"z": _floats(self.z).ravel().tolist()}
 
     @classmethod
-    def restore(cls, title: str, facts: Mapping[str, Any], columns: Columns) -> Self:
-        x, y = _floats(facts["x"]), _floats(facts["y"])
-        z = _floats(columns["z"]).reshape(len(y), len(x))
-        return cls(title, facts["x_label"], facts["y_label"], x, y, z)
+    def restore(cls, facts: HeatmapFacts, columns: Columns) -> Self:
+        x, y = _flat(facts.x), _flat(facts.y)
+        return cls(facts.title, facts.x_label, facts.y_label, x, y, _flat(columns["z"]).reshape(len(y), len(x)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +199,8 @@ class Table:
         return {}
 
     @classmethod
-    def restore(cls, title: str, facts: Mapping[str, Any], columns: Columns) -> Self:
-        return cls(title, tuple(facts["header"]), tuple(tuple(row) for row in facts["rows"]))
+    def restore(cls, facts: TableFacts, columns: Columns) -> Self:
+        return cls(facts.title, facts.header, facts.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,10 +224,31 @@ class Gallery:
         return {"pixels": [row.tobytes() for row in self.images]}
 
     @classmethod
-    def restore(cls, title: str, facts: Mapping[str, Any], columns: Columns) -> Self:
-        images = np.frombuffer(b"".join(columns["pixels"]), dtype=np.uint8).reshape(facts["shape"])
-        return cls(title, tuple(facts["header"]), tuple(facts["captions"]), images)
+    def restore(cls, facts: GalleryFacts, columns: Columns) -> Self:
+        images = np.frombuffer(b"".join(columns["pixels"]), dtype=np.uint8).reshape(facts.shape)
+        if len(facts.captions) != len(images):
+            raise ValueError("a gallery has a caption a row")
+        return cls(facts.title, facts.header, facts.captions, images)
 
 
 Panel = Curve | Histogram | Heatmap | Table | Gallery
 PANELS: dict[str, type[Panel]] = {p.kind: p for p in (Curve, Histogram, Heatmap, Table, Gallery)}
+#: What a stored panel of each kind says beside its table.
+FACTS: dict[str, type[BaseModel]] = {
+    Curve.kind: CurveFacts,
+    Histogram.kind: HistogramFacts,
+    Heatmap.kind: HeatmapFacts,
+    Table.kind: TableFacts,
+    Gallery.kind: GalleryFacts,
+}
+
+
+def restore(facts: Mapping[str, Any], columns: Columns) -> Panel:
+    """The panel that was stored as ``facts`` (with its ``kind`` and ``title``) and ``columns``.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is none.
+    """
+    kind: Any = PANELS[facts["kind"]]
+    panel: Panel = kind.restore(FACTS[facts["kind"]].model_validate(facts), columns)
+    return panel

@@ -82,10 +82,10 @@ def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _read(directory: RunDirectory) -> Run:
     record = directory.read_json("run.json")
     try:
-        config, provenance = dict(record.get("config") or {}), dict(record.get("provenance") or {})
+        config, provenance = ({**(record.get(part) or {})} for part in ("config", "provenance"))
         label = str(record["label"]).strip() or "(no name)"
         seed, study, address = int(record["seed"]), str(record.get("study") or ""), str(record.get("hash") or "")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"run directory {directory.path}",
             expected="a run.json with a label and a seed",

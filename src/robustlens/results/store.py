@@ -25,9 +25,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
-from robustlens.results.errors import InputError, RunInUse
-from robustlens.results.panels import PANELS
+from robustlens.results.errors import InputError, RunInUse, shortened
+from robustlens.results.files import parse_json, read_json, read_table, read_text
+from robustlens.results.panels import restore
 from robustlens.results.reading import Outcome, Quantity, Reading
 
 
@@ -110,7 +112,7 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """The JSON file ``name``; raises InputError if it is missing or damaged."""
         try:
-            return json.loads((self.path / name).read_text())
+            return read_json(self.path / name)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"run directory {self.path}",
@@ -123,7 +125,7 @@ class RunDirectory:
         """The per-epoch records, oldest first."""
         file = self.path / "metrics.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            return [_epoch(parse_json(line)) for line in read_text(file).split("\n") if line] if file.is_file() else []
         except (OSError, ValueError) as error:
             raise InputError(
                 f"run directory {self.path}",
@@ -178,32 +180,51 @@ class RunDirectory:
         return [read_reading(file.parent) for file in found]
 
 
+class _Record(BaseModel):
+    """A reading.json."""
+
+    lens: str
+    says: str
+    outcome: Outcome
+    quantities: tuple[Quantity, ...]
+    headline: tuple[str, ...]
+    settings: dict[str, Any]
+    panels: list[dict[str, Any]]
+
+
+def _epoch(record: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    if not isinstance(record, dict) or not isinstance(record.get("epoch", 0), int | float):
+        raise ValueError(f"no record of an epoch: {shortened(str(record), 80)}")
+    return record
+
+
 def read_reading(path: Path) -> Reading:
     """The reading stored in the directory ``path``; raises InputError if it is damaged."""
     try:
-        record = json.loads((path / "reading.json").read_text())
+        record = _Record.model_validate(read_json(path / "reading.json"))
         panels = []
-        for i, facts in enumerate(record["panels"]):
+        for i, facts in enumerate(record.panels):
             file = path / f"panel-{i}.parquet"
-            columns = pq.read_table(file).to_pydict() if file.is_file() else {}
-            panels.append(PANELS[facts["kind"]].restore(facts["title"], facts, columns))
+            columns = read_table(file).to_pydict() if file.is_file() else {}
+            panels.append(restore(facts, columns))
         kept = path / "examples.parquet"
-        table = pq.read_table(kept) if kept.is_file() else pa.table({})
+        table = read_table(kept) if kept.is_file() else pa.table({})
         return Reading(
-            lens=record["lens"],
-            says=record["says"],
-            outcome=Outcome(**record["outcome"]),
-            quantities=tuple(Quantity(**q) for q in record["quantities"]),
-            headline=tuple(record["headline"]),
+            lens=record.lens,
+            says=record.says,
+            outcome=record.outcome,
+            quantities=record.quantities,
+            headline=record.headline,
             panels=tuple(panels),
-            settings=record["settings"],
+            settings=record.settings,
             examples={name: table[name].to_numpy() for name in table.column_names},
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise InputError(
             f"reading {path}",
             expected="a reading.json and its parquet files",
-            got=f"{type(error).__name__}: {error}"[:200],
+            got=shortened(f"{type(error).__name__}: {error}", 200),
             fix="Delete that directory; the study makes it again.",
         ) from error
 

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from robustlens.core.discovery import discover
 from robustlens.data.config import DataConfig
 from robustlens.methods.preset import find_preset
-from robustlens.results.errors import InputError, unknown_name, wanted
+from robustlens.results.errors import InputError, printable, unknown_name, wanted
+from robustlens.results.files import DEEPEST, require_shallow
 from robustlens.train.config import Settings, TrainingConfig
 
 Plugin = str | dict[str, Any]
 
+#: Bytes of the largest study file.
+LARGEST = 2**20
+_LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{DEEPEST}}}""")
+
 #: The lenses of a study that names none.
 LENSES: tuple[Plugin, ...] = ("accuracy", "generalisation-gap", "logit-margins", "layer-spectra")
+
+
+def _shown(name: str) -> str:
+    if printable(name) != name:
+        raise ValueError("text without control characters")
+    return name
+
+
+#: What tables, pages and directories are named by.
+Name = Annotated[str, Field(min_length=1, max_length=80), AfterValidator(_shown)]
 
 
 class MethodConfig(Settings):
@@ -38,7 +54,7 @@ class MethodConfig(Settings):
             where that is not the study's threat: the radius that each was trained for, say.
     """
 
-    label: str = Field(min_length=1, max_length=80)
+    label: Name
     preset: str | None = None
     objective: Plugin = "standard"
     regularizers: tuple[Plugin, ...] = ()
@@ -86,14 +102,14 @@ class StudyConfig(Settings):
             stopping against robust overfitting; of a network that is not robust it tends to pick an early epoch).
     """
 
-    name: str = Field("study", min_length=1, max_length=80)
+    name: Name = "study"
     data: DataConfig
     model: Plugin
     threat: str
     methods: tuple[MethodConfig, ...] = Field(min_length=1)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     validation: dict[str, Any] | None = None
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...] = Field((0,), min_length=1)
     lenses: tuple[Plugin, ...] = LENSES
     weights: Literal["last", "best"] = "last"
 
@@ -118,16 +134,36 @@ def read_study(path: str | Path, overrides: Iterable[str] = ()) -> StudyConfig:
     """
     path = Path(path)
     try:
-        settings = tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InputError(
+                f"study file {path}", expected=f"at most {LARGEST:,} bytes", got="more", fix="Write several studies."
+            )
+        settings = _parsed(content.decode())
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(
             "study file", expected="a TOML file", got=f"{path}: {error.strerror}", fix="Check the path."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(
             f"study file {path}", expected="valid TOML", got=str(error), fix="Correct that line."
         ) from error
     return make_study(settings, overrides)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """TOML of few levels; raises ValueError for other text."""
+    if _LONG_KEY.search(text):  # the parser takes quadratic time for them
+        raise ValueError(f"a key of more than {DEEPEST} parts")
+    try:
+        settings = tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    require_shallow(settings)
+    return settings
 
 
 def make_study(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> StudyConfig:
@@ -194,7 +230,7 @@ def _override(settings: dict[str, Any], text: str) -> None:
         raise InputError("--set", expected="key.path=value", got=repr(text), fix="For example training.epochs=3.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value  # a bare word is text
     *parents, last = path.strip().split(".")
     place: Any = settings

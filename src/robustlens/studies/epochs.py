@@ -16,7 +16,7 @@ from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 
 #: How ``when`` is written.
-WHEN = re.compile(r"epochs:\s*\d+(\s*,\s*\d+)*")
+WHEN = re.compile(r"epochs:\s*\d{1,9}(\s*,\s*\d{1,9})*")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ def schedule(choice: str | Mapping[str, Any]) -> Scheduled:
     lens: Lens = discovery.build("lens", settings)
     if when == "end":
         return Scheduled(lens)
-    epochs = sorted({int(number) for number in re.findall(r"\d+", when)}) if isinstance(when, str) else []
-    if not epochs or epochs[0] < 1 or not WHEN.fullmatch(when):
+    fits = isinstance(when, str) and WHEN.fullmatch(when)
+    epochs = sorted({int(number) for number in re.findall(r"\d+", when)}) if fits else []
+    if not epochs or epochs[0] < 1:
         raise InputError(
             f"when of lens {lens.name!r}",
             expected='"end" or epochs from 1 on',

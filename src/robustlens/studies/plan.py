@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from robustlens.studies.epochs import Scheduled, schedule
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
 from robustlens.train.recipe import Recipe
+
+#: Runs of the largest study: planning them takes seconds.
+MOST_RUNS = 5000
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,13 @@ def make_plan(study: StudyConfig) -> Plan:
         InputError: an unknown plug-in or field, or a value that does not fit, before anything is written.
     """
     lenses = tuple(schedule(lens) for lens in study.lenses)
+    if (count := len(study.methods) * len(study.seeds)) > MOST_RUNS:
+        raise InputError(
+            "study",
+            expected=f"at most {MOST_RUNS:,} runs",
+            got=f"{len(study.methods):,} methods × {len(study.seeds):,} seeds = {count:,}",
+            fix="Write several studies.",
+        )
     runs: list[PlannedRun] = []
     for method in study.methods:
         runs += [_planned(study, method.resolved(), seed, runs) for seed in study.seeds]
@@ -134,7 +145,7 @@ def _start(method: MethodConfig, seed: int, earlier: Sequence[PlannedRun]) -> Pl
     for run in earlier:
         if (run.label, run.seed) == (method.start, seed):
             return run
-    if Path(method.start).is_file():
+    if os.path.isfile(method.start):
         return Path(method.start)
     raise InputError(
         f"start of method {method.label!r}",
@@ -170,7 +181,7 @@ def _planned(study: StudyConfig, method: MethodConfig, seed: int, earlier: Seque
         "seed": seed,
     }
     weights = getattr(model, "weights", None)
-    if weights is not None and Path(weights).is_file():  # a path alone does not say which weights training starts from
+    if weights is not None and os.path.isfile(weights):  # a path alone does not say which weights training starts from
         settings["weights"] = _sha(Path(weights))
     if start is not None:
         settings["start"] = _seedless_hash(start) if isinstance(start, PlannedRun) else _sha(start)

@@ -129,7 +129,14 @@ def rehearse(run: PlannedRun, splits: Splits) -> None:
     device = splits.test.labels.device
     gen = generator(device, run.seed, "rehearsal")
     with torch.random.fork_rng():
-        built = run.model.build(splits.shape, len(splits.classes)).to(device)
+        try:
+            built = run.model.build(splits.shape, len(splits.classes)).to(device)
+        except RuntimeError as error:
+            if "allocate" not in str(error):
+                raise
+            raise InputError(
+                "model", expected="a network that fits into memory", got="a larger one", fix="Make it narrower."
+            ) from error
         model = check_model(built, splits.shape, len(splits.classes)).train()
         batch = splits.train.batch(torch.arange(min(4, len(splits.train))))
         x = batch.x

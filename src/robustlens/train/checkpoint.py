@@ -70,21 +70,21 @@ def load_state(
         model.load_state_dict(_under("model/", tensors))
         if average is not None:
             average.load_state_dict(_under("average/", tensors))
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        state: dict[int, dict[str, Any]] = {}
+        for key, tensor in _under("optimizer/", tensors).items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = tensor
+        for key, number in facts.pop("optimizer_numbers").items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = number
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"checkpoint {path}",
             expected="the state of a run of this configuration",
-            got=str(error).splitlines()[0],
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="Delete the run directory to train again from the start.",
         ) from error
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in _under("optimizer/", tensors).items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = tensor
-    for key, number in facts.pop("optimizer_numbers").items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = number
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     device = next(model.parameters()).device
     return facts, {name: tensor.to(device) for name, tensor in _under("memory/", tensors).items()}
 

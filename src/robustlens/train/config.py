@@ -14,8 +14,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-#: Numbers as they are: neither true nor "3" is one.
-Whole = Annotated[int, Strict()]
+#: Numbers as they are: neither true nor "3" is one; whole ones as far as torch counts.
+Whole = Annotated[int, Strict(), Field(lt=2**63)]
 Real = Annotated[float, Strict()]
 Share = Annotated[Real, Field(ge=0, lt=1)]
 
