@@ -191,10 +191,11 @@ def trained(
         )
         record["provenance"]["seconds"] = round(sum(e["seconds"] for e in epochs), 2)
         record["provenance"] |= {key: epochs[-1][key] for key in ("stopped",) if key in epochs[-1]}
-        record["finished"] = True
+        record |= {"finished": True, "metrics_sha256": directory.metrics_sha256()}
     if not finished or record.get("label") != run.label:
         directory.write_json("run.json", {**record, "label": run.label})
-        (directory.path / "state.safetensors").unlink(missing_ok=True)
+    for state in ("state.safetensors", "state.previous.safetensors"):
+        (directory.path / state).unlink(missing_ok=True)
     watch.done(run.label, "training", already=finished)
     load_weights(model, directory.path / f"{plan.study.weights}.safetensors")
     return model.eval()

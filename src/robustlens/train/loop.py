@@ -20,7 +20,7 @@ from robustlens.core.types import Attack, Augmentation, Batch, Moment, Split, Sp
 from robustlens.models.adapter import load_weights
 from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
-from robustlens.train.checkpoint import load_state, require_finite, save_state, save_weights
+from robustlens.train.checkpoint import require_finite, resume, save_state, save_weights
 from robustlens.train.config import TrainingConfig
 from robustlens.train.optimizer import make_optimizer, update_average
 from robustlens.train.recipe import Recipe
@@ -128,10 +128,9 @@ class _Trainer:
         return self.model if self.average is None else self.average
 
     def run_all(self) -> list[dict[str, Any]]:
-        if self.state_file.is_file():
-            facts, self.memory = load_state(
-                self.state_file, model=self.model, optimizer=self.optimizer, average=self.average
-            )
+        there = resume(self.state_file, model=self.model, optimizer=self.optimizer, average=self.average)
+        if there is not None:
+            facts, self.memory = there
             self.now = Progress(**facts)
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
