@@ -71,13 +71,13 @@ def read_parquet(directory: Path, image_column: str | None, label_column: str | 
 
 def _read_file(path: Path, image_column: str | None, label_column: str | None) -> pa.Table:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)  # where it has some
         columns = file.schema_arrow.names
         image, label = pick_columns(str(path), columns, image_column, label_column)
         return file.read(columns=[image, label])
     except InputError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
             str(path),
             expected="a readable parquet file",

@@ -23,11 +23,12 @@ from robustlens.core.types import Augmentation, Batch, Lens, Moment, Resumable, 
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.models.foreign import is_script
-from robustlens.results.errors import InputError, RobustlensError
+from robustlens.results.errors import DamageWarning, InputError, RobustlensError
 from robustlens.results.reading import Outcome, Reading
 from robustlens.results.store import RunDirectory, read_reading
 from robustlens.studies.config import StudyConfig
 from robustlens.studies.epochs import Scheduled, side_by_side
+from robustlens.studies.memory import within_memory
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.train.loop import Silent, Watch, train
 
@@ -225,25 +226,30 @@ def examine(
     """The reading of ``lens`` on ``subject``, and whether it was there already.
 
     A lens that has ``look_resumably`` keeps its state in the run directory and goes on from there after an
-    interruption.
+    interruption. One that runs out of memory looks again at fewer images at a time.
 
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
     others go on.
     """
     path = _reading_path(lens, subject, directory, seed, facts)
-    if path.is_dir() and (there := read_reading(path)).outcome.status != "failed":
+    there = _finished(path)
+    if there is not None:
         return there, True
-    gen = generator(subject.device, seed, "lens", lens.name)
     script = is_script(subject.model)
+
+    def look(lens: Lens) -> Reading:
+        gen = generator(subject.device, seed, "lens", lens.name)
+        if not isinstance(lens, Resumable):
+            return lens.look(subject, gen=gen)
+        asked = _reading_path(lens, subject, directory, seed, facts).name  # another where memory ran out
+        told = (watch or SilentStudy()).attacked
+        return lens.look_resumably(subject, gen=gen, state=directory.path / "state" / asked, told=told)
+
     try:
         with warnings.catch_warnings():
             if script:
                 warnings.simplefilter("ignore")  # PyTorch warns of copies of its scripts
-            if isinstance(lens, Resumable):
-                state, told = directory.path / "state" / path.name, (watch or SilentStudy()).attacked
-                reading = lens.look_resumably(subject, gen=gen, state=state, told=told)
-            else:
-                reading = lens.look(subject, gen=gen)
+            reading = within_memory(lens, look)
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
     except RuntimeError as error:
@@ -260,6 +266,18 @@ def _reading_path(lens: Lens, subject: Subject, directory: RunDirectory, seed: i
     return directory.reading_path(lens.name, settings)
 
 
+def _finished(path: Path) -> Reading | None:
+    """The reading at ``path``; None where there is none, it failed, or it is damaged (with a DamageWarning)."""
+    if not path.is_dir():
+        return None
+    try:
+        reading = read_reading(path)
+    except InputError as error:
+        warnings.warn(f"{error.what} is damaged ({error.got}) and made again.", DamageWarning, stacklevel=2)
+        return None
+    return None if reading.outcome.status == "failed" else reading
+
+
 def examine_epochs(scheduled: Scheduled, subject: Subject, directory: RunDirectory, run: PlannedRun) -> bool:
     """Look after each of the chosen epochs that the run reached, and put the findings side by side.
 
@@ -268,7 +286,7 @@ def examine_epochs(scheduled: Scheduled, subject: Subject, directory: RunDirecto
     weights after an epoch were not kept when the run was trained.
     """
     path = _reading_path(scheduled.lens, subject, directory, run.seed, {"epochs": list(scheduled.epochs)})
-    if path.is_dir() and read_reading(path).outcome.status != "failed":
+    if _finished(path) is not None:
         return True
     reached = directory.metrics()[-1]["epoch"]
     files = {epoch: directory.path / f"epoch-{epoch}.safetensors" for epoch in scheduled.epochs if epoch <= reached}

@@ -16,6 +16,7 @@ from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core import discovery
 from robustlens.core.modes import untouched
 from robustlens.core.rng import derive, generator
+from robustlens.core.signals import Terminated, whole
 from robustlens.core.types import Attack, Augmentation, Batch, Moment, Split, Splits
 from robustlens.models.adapter import load_weights
 from robustlens.results.errors import InputError, TrainingStopped
@@ -120,6 +121,7 @@ class _Trainer:
         self.state_file = run.path / "state.safetensors"
         self.now = Progress()
         self.memory: dict[str, Tensor] = {}
+        self.between_steps = True
         self.saved = time.monotonic()
 
     @property
@@ -134,8 +136,13 @@ class _Trainer:
             self.now = Progress(**facts)
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            while self.now.epoch < self.config.epochs and not self.now.stopped:
-                self._epoch()
+            try:
+                while self.now.epoch < self.config.epochs and not self.now.stopped:
+                    self._epoch()
+            except (KeyboardInterrupt, Terminated):
+                if self.between_steps:
+                    self._save()
+                raise
         load_weights(self.model, self.run.path / "last.safetensors")
         self.model.eval()
         return self.now.records
@@ -150,17 +157,32 @@ class _Trainer:
         started = time.monotonic()
         before = now.seconds
         self.model.train()
+        if now.step == len(parts):  # it was stopped before the epoch's end was done
+            self._prepared(
+                self.data.train.batch(parts[-1]), now.epoch + (now.step - 1) / len(parts), number=now.step - 1
+            )
         for step in range(now.step, len(parts)):
-            self._steps(self.data.train.batch(parts[step]), now.epoch + step / len(parts), number=step)
-            now.step = step + 1
-            now.seconds = before + time.monotonic() - started
+            with whole():
+                self.between_steps = False
+                self._steps(self.data.train.batch(parts[step]), now.epoch + step / len(parts), number=step)
+                now.step = step + 1
+                now.seconds = before + time.monotonic() - started
+                self.between_steps = True
             self.watch.step(now.epoch * len(parts) + now.step, total, now.loss_sum / now.seen)
             if time.monotonic() - self.saved >= self.config.checkpoint_seconds and now.step < len(parts):
                 self._save()
+        self.between_steps = False
         self._finish_epoch(before + time.monotonic() - started)
+        self.between_steps = True
 
     def _steps(self, batch: Batch, progress: float, *, number: int) -> None:
         """Every step that the update takes on one batch."""
+        batch, gen = self._prepared(batch, progress, number=number)
+        for _ in range(self.recipe.update.replays):
+            self._step(batch, gen, number=number)
+
+    def _prepared(self, batch: Batch, progress: float, *, number: int) -> tuple[Batch, torch.Generator]:
+        """The batch as it is learned from, the step's generator, and the step's learning rate set."""
         config, now = self.config, self.now
         gen = generator(self.device, self.seed, "step", now.epoch, number)
         torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
@@ -169,12 +191,10 @@ class _Trainer:
             x = augmentation.augment(x, gen=gen)
         self.image = x[:1]
         moment = Moment(progress, config.epochs, len(self.data.train), self.memory)
-        batch = Batch(x, batch.y, batch.index, moment)
         rate = config.optimizer.lr * config.schedule.scale(progress, config.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        for _ in range(self.recipe.update.replays):
-            self._step(batch, gen, number=number)
+        return Batch(x, batch.y, batch.index, moment), gen
 
     def _step(self, batch: Batch, gen: torch.Generator, *, number: int) -> None:
         config, now = self.config, self.now
@@ -266,6 +286,7 @@ class _Trainer:
 
     def _validate(self) -> dict[str, float]:
         gen = generator(self.device, self.seed, "validate", self.now.epoch)
+        torch.manual_seed(derive(self.seed, "validate", self.now.epoch))  # of a network that draws at random
         split = self.data.valid.first(self.config.validation_examples)
         return validate(self.kept, split, self.validation, gen=gen, batch_size=max(self.config.batch_size, 250))
 
