@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from robustlens.results.errors import RobustlensError
+from robustlens.core.signals import Terminated, heeded
+from robustlens.results.errors import DamageWarning, RobustlensError
 
 if TYPE_CHECKING:
     from robustlens.results.store import RunDirectory
@@ -312,7 +314,11 @@ def main() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
     sys.path.insert(0, "")  # as `python -m` does: mypkg.net:build is looked for in the working directory first
     try:
-        code = app(standalone_mode=False) or 0
+        with heeded(), warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            code = app(standalone_mode=False) or 0
+    except Terminated as error:
+        code = error.code
     except RobustlensError as error:
         code = error.exit_code
         _say_error(str(error))
@@ -324,9 +330,23 @@ def main() -> None:
         code = getattr(error, "exit_code", 2)
         if text := error.format_message():
             _say_error(f"{' '.join(text.split()).rstrip('.')}. See --help.")
-    if code == 130:
+    if code in (130, 143):
         Console(stderr=True).print("Stopped. Run the same command again to go on from here.")
     sys.exit(code)
+
+
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if issubclass(category, DamageWarning):
+        Console(stderr=True).print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _say_error(text: str) -> None:

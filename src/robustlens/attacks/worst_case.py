@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from robustlens.core.discovery import describe
 from robustlens.core.modes import channels_last, untouched
 from robustlens.core.rng import generator
 from robustlens.core.types import Attack, Batch
-from robustlens.results.errors import InputError
+from robustlens.results.errors import DamageWarning, InputError
+from robustlens.results.seal import UNSEALED, is_damaged, sealed
 from robustlens.results.store import digest, write_atomically
 
 #: Values of ``broken_by`` beside the position of an attack in the line-up.
@@ -83,8 +85,11 @@ def worst_case(
         state: directory where every finished batch is kept. A chunk that is complete there is not computed again.
         told: called after every batch.
 
+    Warns:
+        DamageWarning: a chunk's file is damaged, and the chunk is begun again.
+
     Raises:
-        InputError: the directory holds another evaluation, or a damaged file.
+        InputError: the directory holds another evaluation.
         AttackBroken: an attack returned NaN or another shape, or the model answers NaN.
     """
     settings = {"attacks": [describe(attack) for attack in attacks], "seed": seed, "batch_size": batch_size}
@@ -184,7 +189,7 @@ class _Chunk:
             "x_adv": self.x_adv[broken].contiguous(),
         }
         where = {"address": self.address, "position": self.position, "done": self.done}
-        write_atomically(self.file, save(tensors, {"state": json.dumps(where)}))
+        write_atomically(self.file, sealed(save(tensors, {"state": json.dumps({**UNSEALED, **where})})))
 
     def restore(self) -> None:
         """Take up what the file holds, if there is one."""
@@ -192,13 +197,14 @@ class _Chunk:
             return
         what = f"state file {self.file}"
         try:
+            if is_damaged(self.file.read_bytes()):
+                raise ValueError("other content than was written")
             with safe_open(self.file, framework="pt") as stored:
                 where = json.loads(stored.metadata()["state"])
                 tensors = {key: stored.get_tensor(key) for key in ("broken_by", "distance", "broken", "x_adv")}
         except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise InputError(
-                what, expected="a state file of this evaluation", got=str(error), fix="Delete it, or choose another."
-            ) from error
+            warnings.warn(f"{what}: {error}. This chunk is evaluated again.", DamageWarning, stacklevel=2)
+            return
         if where["address"] != self.address:
             raise InputError(
                 what,

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -134,7 +135,20 @@ class _TooDeep(Exception):
     pass
 
 
+def _check_png(data: bytes) -> None:
+    """Compare the checksum of every chunk: Pillow leaves out those of pixels, and would show a flipped bit."""
+    at, kind = 8, b""
+    while kind != b"IEND":
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        kind = data[at + 4 : at + 8]
+        if len(data) < end + 4 or zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise ValueError("a PNG chunk whose checksum does not fit")
+        at = end + 4
+
+
 def _open(data: bytes, grey: bool) -> Image.Image:
+    if data.startswith(b"\x89PNG"):
+        _check_png(data)
     image: Image.Image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4], FORMATS))
     if image.mode in _DEEP:
         raise _TooDeep(image.mode)

@@ -26,6 +26,7 @@ from robustlens.core.modes import untouched
 from robustlens.models.classifier import check_request
 from robustlens.models.normalize import Normalized
 from robustlens.results.errors import InputError
+from robustlens.results.seal import is_damaged
 
 #: An archive whose members would become this many times its size is refused: weights hardly compress.
 EXPANSION = 100
@@ -183,12 +184,13 @@ def _check_fit(path: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tens
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    fix = "Copy or download it again; where a run wrote it, delete the run's directory to train again."
+    if is_damaged(path.read_bytes()):
+        raise InputError(str(path), expected="the content that was written", got="a damaged file", fix=fix)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
-        raise InputError(
-            str(path), expected="a safetensors file", got=_line(error), fix="Download or save it again."
-        ) from error
+        raise InputError(str(path), expected="a safetensors file", got=_line(error), fix=fix) from error
     return tensors
 
 

@@ -20,6 +20,7 @@ from robustlens.report.front import beside
 from robustlens.report.page import write_page
 from robustlens.results.errors import InputError
 from robustlens.results.runs import Run, read_runs
+from robustlens.results.seal import SEAL
 from robustlens.results.store import RunDirectory, write_atomically
 from robustlens.results.verdict import Beside, decide
 from robustlens.studies.config import make_study, write_study
@@ -166,7 +167,8 @@ def copy_slim(run: RunDirectory, to: Path) -> None:
     if (run.path / "metrics.jsonl").is_file():
         write_atomically(to / "metrics.jsonl", (run.path / "metrics.jsonl").read_bytes())
     for file in sorted((run.path / "readings").glob("[!.]*/reading.json")):
-        reading = json.loads(file.read_text()) | {"panels": []}
+        reading = json.loads(file.read_text()) | {"panels": [], "files": {}}
+        reading.pop(SEAL, None)
         text = json.dumps(reading, indent=1, ensure_ascii=False) + "\n"
         write_atomically(to / "readings" / file.parent.name / "reading.json", text.encode())
 

@@ -53,6 +53,10 @@ def require_at_least(part: Any, **least: float) -> None:
             raise InputError(f"{part.name} {field}", expected=f"at least {bound}", got=str(value), fix="Raise it.")
 
 
+class DamageWarning(UserWarning):
+    """A damaged file was found and what it held is taken from an older one, or made again."""
+
+
 class TrainingStopped(RobustlensError):
     """Training cannot go on (a loss that is not a number); the last good checkpoint is kept."""
 

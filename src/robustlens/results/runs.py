@@ -92,7 +92,8 @@ def _read(directory: RunDirectory) -> Run:
             got=f"{type(error).__name__} ({error})",
             fix="Give the directory of a run that robustlens made, or run it again.",
         ) from error
-    return Run(label, seed, study, address, config, provenance, directory.metrics(), directory.readings())
+    metrics = directory.metrics(sha256=record.get("metrics_sha256"))
+    return Run(label, seed, study, address, config, provenance, metrics, directory.readings())
 
 
 def _same(reading: Reading, other: Reading) -> bool:

@@ -4,9 +4,12 @@ Layout of a run directory::
 
     run.json                     what was run (resolved configuration, hash) and where (provenance)
     metrics.jsonl                one line per epoch
-    last.safetensors best.safetensors state.safetensors
+    last.safetensors best.safetensors state.safetensors state.previous.safetensors
     readings/<lens>-<hash>/      reading.json, one parquet file per panel, and examples.parquet where they were kept
     lock                         held while a process works here
+    .tmp-*                       what a killed process left half written; the next one to hold the lock removes it
+
+``run.json`` and ``reading.json`` hold the SHA-256 of themselves and of the files that belong to them.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from robustlens.results.errors import InputError, RunInUse, shortened
-from robustlens.results.files import parse_json, read_json, read_table, read_text
+from robustlens.results.files import parse_json, read_table, read_text
 from robustlens.results.panels import restore
 from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.seal import SEAL, UNSEALED, is_damaged, sealed
 
 
 def digest(settings: Mapping[str, Any], *, length: int = 12) -> str:
@@ -39,8 +43,11 @@ def digest(settings: Mapping[str, Any], *, length: int = 12) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader, or a crash, sees the old file or the new one."""
+def write_atomically(path: Path, content: bytes, *, previous: Path | None = None) -> None:
+    """Write ``content`` to ``path`` so that a reader, or a crash, sees the old file or the new one.
+
+    With ``previous`` the old file is kept there; a crash can then leave that one alone.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         name = str(path.parent / f".tmp-{uuid.uuid4().hex}")
@@ -52,6 +59,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
@@ -81,7 +90,12 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the directory for this process; raises RunInUse, naming the holder, if another has it."""
+        """Hold the directory for this process, without what a killed one left half written.
+
+        Raises:
+            RunInUse: another process has it, which is named.
+            InputError: it cannot be written to.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a+")
@@ -99,33 +113,44 @@ class RunDirectory:
                     got=f"one held by {holder}",
                     fix="Wait for it to end, or choose another directory with --out.",
                 ) from error
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()}")
-            file.flush()
+            try:
+                for left in [*self.path.rglob(".tmp-*")]:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                file.seek(0)
+                file.truncate()
+                file.write(f"process {os.getpid()}")
+                file.flush()
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
             yield
 
-    def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
-        write_atomically(self.path / name, text.encode())
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, sealed(_json(value, allow_nan=False)))
 
     def read_json(self, name: str) -> Any:
         """The JSON file ``name``; raises InputError if it is missing or damaged."""
         try:
-            return read_json(self.path / name)
+            return _read_json(self.path / name)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"run directory {self.path}",
                 expected=f"a readable {name}",
                 got=str(error),
-                fix="Give the directory of a run that robustlens made, or run it again.",
+                fix="Give the directory of a run that robustlens made, or delete it and run it again.",
             ) from error
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The per-epoch records, oldest first."""
-        file = self.path / "metrics.jsonl"
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def metrics(self, *, sha256: str | None = None) -> list[dict[str, Any]]:
+        """The per-epoch records, oldest first; raises InputError where they are damaged, or not those of ``sha256``."""
+        file = self.metrics_file
         try:
-            return [_epoch(parse_json(line)) for line in read_text(file).split("\n") if line] if file.is_file() else []
+            text = read_text(file) if file.is_file() else ""
+            if sha256 is not None and sha256 != _sha256(text.encode()):
+                raise ValueError("other content than was written")
+            return [_epoch(parse_json(line)) for line in text.split("\n") if line]
         except (OSError, ValueError) as error:
             raise InputError(
                 f"run directory {self.path}",
@@ -134,9 +159,13 @@ class RunDirectory:
                 fix="Delete the run directory and run the study again.",
             ) from error
 
+    def metrics_sha256(self) -> str:
+        """What ``run.json`` keeps of the records, to tell damaged ones by."""
+        return _sha256(self.metrics_file.read_bytes())
+
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomically(self.path / "metrics.jsonl", text.encode())
+        write_atomically(self.metrics_file, text.encode())
 
     def reading_path(self, lens: str, settings: Mapping[str, Any]) -> Path:
         return self.path / "readings" / f"{lens}-{digest(settings)}"
@@ -149,6 +178,7 @@ class RunDirectory:
             scratch.mkdir()
         except OSError as error:
             raise _unwritable(path, error) from error
+        aside = path.parent / f".tmp-{uuid.uuid4().hex}"
         try:
             record = {
                 "lens": reading.lens,
@@ -159,20 +189,22 @@ class RunDirectory:
                 "settings": dict(reading.settings),
                 "panels": [{"kind": p.kind, "title": p.title, **p.facts()} for p in reading.panels],
             }
-            (scratch / "reading.json").write_text(json.dumps(record, indent=2, ensure_ascii=False))
             for i, panel in enumerate(reading.panels):
                 columns = panel.columns()
                 if columns:
                     pq.write_table(pa.table(dict(columns)), scratch / f"panel-{i}.parquet", compression="zstd")
             if reading.examples:
                 pq.write_table(pa.table(dict(reading.examples)), scratch / "examples.parquet", compression="zstd")
+            record["files"] = {file.name: _sha256(file.read_bytes()) for file in sorted(scratch.iterdir())}
+            (scratch / "reading.json").write_bytes(sealed(_json(record)))
             if path.exists():
-                shutil.rmtree(path)
+                os.replace(path, aside)
             os.replace(scratch, path)
         except OSError as error:
             raise _unwritable(path, error) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def readings(self) -> list[Reading]:
         """All finished readings, in the order of their names."""
@@ -190,6 +222,7 @@ class _Record(BaseModel):
     headline: tuple[str, ...]
     settings: dict[str, Any]
     panels: list[dict[str, Any]]
+    files: dict[str, str] = {}
 
 
 def _epoch(record: Any) -> dict[str, Any]:
@@ -202,7 +235,10 @@ def _epoch(record: Any) -> dict[str, Any]:
 def read_reading(path: Path) -> Reading:
     """The reading stored in the directory ``path``; raises InputError if it is damaged."""
     try:
-        record = _Record.model_validate(read_json(path / "reading.json"))
+        record = _Record.model_validate(_read_json(path / "reading.json"))
+        for name, sha256 in record.files.items():
+            if _sha256((path / Path(name).name).read_bytes()) != sha256:
+                raise ValueError(f"{name} is damaged")
         panels = []
         for i, facts in enumerate(record.panels):
             file = path / f"panel-{i}.parquet"
@@ -227,6 +263,25 @@ def read_reading(path: Path) -> Reading:
             got=shortened(f"{type(error).__name__}: {error}", 200),
             fix="Delete that directory; the study makes it again.",
         ) from error
+
+
+def _json(value: Mapping[str, Any], *, allow_nan: bool = True) -> bytes:
+    return json.dumps({**UNSEALED, **value}, indent=2, allow_nan=allow_nan, ensure_ascii=False).encode()
+
+
+def _read_json(path: Path) -> Any:
+    """What ``_json`` wrote, or somebody else; raises OSError or ValueError."""
+    text = read_text(path)
+    if is_damaged(text.encode()):
+        raise ValueError(f"{path.name} with other content than was written (its {SEAL} does not fit)")
+    value = parse_json(text)
+    if isinstance(value, dict):
+        value.pop(SEAL, None)
+    return value
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from robustlens.models.adapter import OneLogit, WithNormalizer, check_model, loa
 from robustlens.models.foreign import Program, as_module, is_foreign, open_foreign
 from robustlens.models.normalize import Normalized
 from robustlens.results.errors import InputError
-from robustlens.results.store import RunDirectory, digest
+from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
 from robustlens.studies.plan import run_directory
@@ -135,7 +136,7 @@ def _looked(
             found = robustbench_record(
                 directory.readings(), dataset=splits.name, architecture=architecture, threat=subject.threat
             )
-            directory.write_json("robustbench.json", found)
+            write_atomically(directory.path / "robustbench.json", json.dumps(found, indent=2).encode())
     return directory
 
 

@@ -25,11 +25,12 @@ from robustlens.core.world import joined
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.models.foreign import is_script
-from robustlens.results.errors import InputError, RobustlensError
+from robustlens.results.errors import DamageWarning, InputError, RobustlensError
 from robustlens.results.reading import Outcome, Reading
 from robustlens.results.store import RunDirectory, read_reading
 from robustlens.studies.config import StudyConfig
 from robustlens.studies.epochs import Scheduled, side_by_side
+from robustlens.studies.memory import within_memory
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.train.loop import train
 from robustlens.train.progress import Silent, Watch
@@ -207,10 +208,11 @@ def trained(
         )
         record["provenance"]["seconds"] = round(sum(e["seconds"] for e in epochs), 2)
         record["provenance"] |= {key: epochs[-1][key] for key in ("stopped",) if key in epochs[-1]}
-        record["finished"] = True
+        record |= {"finished": True, "metrics_sha256": directory.metrics_sha256()}
     if world.leads and (not finished or record.get("label") != run.label):
         directory.write_json("run.json", {**record, "label": run.label})
-        (directory.path / "state.safetensors").unlink(missing_ok=True)
+    for state in ("state.safetensors", "state.previous.safetensors") if world.leads else ():
+        (directory.path / state).unlink(missing_ok=True)
     watch.done(run.label, "training", already=finished)
     load_weights(model, directory.path / f"{plan.study.weights}.safetensors")
     return model.eval()
@@ -240,25 +242,30 @@ def examine(
     """The reading of ``lens`` on ``subject``, and whether it was there already.
 
     A lens that has ``look_resumably`` keeps its state in the run directory and goes on from there after an
-    interruption.
+    interruption. One that runs out of memory looks again at fewer images at a time.
 
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
     others go on.
     """
     path = _reading_path(lens, subject, directory, seed, facts)
-    if path.is_dir() and (there := read_reading(path)).outcome.status != "failed":
+    there = _finished(path)
+    if there is not None:
         return there, True
-    gen = generator(subject.device, seed, "lens", lens.name)
     script = is_script(subject.model)
+
+    def look(lens: Lens) -> Reading:
+        gen = generator(subject.device, seed, "lens", lens.name)
+        if not isinstance(lens, Resumable):
+            return lens.look(subject, gen=gen)
+        asked = _reading_path(lens, subject, directory, seed, facts).name  # another where memory ran out
+        told = (watch or SilentStudy()).attacked
+        return lens.look_resumably(subject, gen=gen, state=directory.path / "state" / asked, told=told)
+
     try:
         with warnings.catch_warnings():
             if script:
                 warnings.simplefilter("ignore")  # PyTorch warns of copies of its scripts
-            if isinstance(lens, Resumable):
-                state, told = directory.path / "state" / path.name, (watch or SilentStudy()).attacked
-                reading = lens.look_resumably(subject, gen=gen, state=state, told=told)
-            else:
-                reading = lens.look(subject, gen=gen)
+            reading = within_memory(lens, look)
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
     except RuntimeError as error:
@@ -275,6 +282,18 @@ def _reading_path(lens: Lens, subject: Subject, directory: RunDirectory, seed: i
     return directory.reading_path(lens.name, settings)
 
 
+def _finished(path: Path) -> Reading | None:
+    """The reading at ``path``; None where there is none, it failed, or it is damaged (with a DamageWarning)."""
+    if not path.is_dir():
+        return None
+    try:
+        reading = read_reading(path)
+    except InputError as error:
+        warnings.warn(f"{error.what} is damaged ({error.got}) and made again.", DamageWarning, stacklevel=2)
+        return None
+    return None if reading.outcome.status == "failed" else reading
+
+
 def examine_epochs(scheduled: Scheduled, subject: Subject, directory: RunDirectory, run: PlannedRun) -> bool:
     """Look after each of the chosen epochs that the run reached, and put the findings side by side.
 
@@ -283,7 +302,7 @@ def examine_epochs(scheduled: Scheduled, subject: Subject, directory: RunDirecto
     weights after an epoch were not kept when the run was trained.
     """
     path = _reading_path(scheduled.lens, subject, directory, run.seed, {"epochs": list(scheduled.epochs)})
-    if path.is_dir() and read_reading(path).outcome.status != "failed":
+    if _finished(path) is not None:
         return True
     reached = directory.metrics()[-1]["epoch"]
     files = {epoch: directory.path / f"epoch-{epoch}.safetensors" for epoch in scheduled.epochs if epoch <= reached}

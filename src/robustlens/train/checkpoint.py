@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from robustlens.results.errors import InputError, TrainingStopped
+from robustlens.results.errors import DamageWarning, InputError, TrainingStopped
+from robustlens.results.seal import UNSEALED, is_damaged, sealed
 from robustlens.results.store import write_atomically
 
 
@@ -40,7 +42,10 @@ def save_state(
     memory: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write everything that a resumed run needs; ``memory`` is what plug-ins carry between steps."""
+    """Write everything that a resumed run needs; ``memory`` is what plug-ins carry between steps.
+
+    The state that was there is kept as ``previous_of(path)``.
+    """
     tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in model.state_dict().items()}
     numbers: dict[str, float] = {}
     for index, values in optimizer.state_dict()["state"].items():
@@ -52,7 +57,39 @@ def save_state(
     if average is not None:
         tensors |= {f"average/{k}": v for k, v in average.state_dict().items()}
     tensors |= {f"memory/{k}": v for k, v in memory.items()}
-    _write(path, tensors, {**facts, "optimizer_numbers": numbers})
+    _write(path, tensors, {"progress": dict(facts), "optimizer_numbers": numbers}, previous=previous_of(path))
+
+
+def previous_of(path: Path) -> Path:
+    """Where the state before the one at ``path`` is kept."""
+    return path.with_suffix(f".previous{path.suffix}")
+
+
+def resume(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Restore the newest undamaged state and return its facts and memory; None where there is none at all.
+
+    Where ``path`` is damaged, the state before it takes its place, with a DamageWarning: steps are repeated, and lead
+    to the same bits.
+
+    Raises:
+        InputError: what is there is damaged, or belongs to another architecture.
+    """
+    previous = previous_of(path)
+    if not path.is_file():  # a crash between two renames leaves the previous one alone
+        if not previous.is_file():
+            return None
+        return load_state(previous, model=model, optimizer=optimizer, average=average)
+    try:
+        return load_state(path, model=model, optimizer=optimizer, average=average)
+    except InputError as error:
+        if not previous.is_file():
+            raise
+        found = load_state(previous, model=model, optimizer=optimizer, average=average)
+        warnings.warn(f"{error.what}: {error.got}. Training goes on from the one before.", DamageWarning, stacklevel=2)
+    path.unlink()  # else the next state would push the good one out
+    return found
 
 
 def load_state(
@@ -64,9 +101,13 @@ def load_state(
         InputError: the file is damaged or belongs to another architecture.
     """
     try:
+        if is_damaged(path.read_bytes()):
+            raise ValueError("other content than was written")
         with safe_open(path, framework="pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        numbers = facts.pop("optimizer_numbers")
+        facts = facts.get("progress", facts)  # older files have both side by side
         model.load_state_dict(_under("model/", tensors))
         if average is not None:
             average.load_state_dict(_under("average/", tensors))
@@ -74,7 +115,7 @@ def load_state(
         for key, tensor in _under("optimizer/", tensors).items():
             index, name = key.split("/")
             state.setdefault(int(index), {})[name] = tensor
-        for key, number in facts.pop("optimizer_numbers").items():
+        for key, number in numbers.items():
             index, name = key.split("/")
             state.setdefault(int(index), {})[name] = number
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -93,6 +134,9 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, previous: Path | None = None
+) -> None:
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, safetensors.torch.save(plain, {"facts": json.dumps(facts)}))
+    content = safetensors.torch.save(plain, {"facts": json.dumps({**UNSEALED, **facts})})
+    write_atomically(path, sealed(content), previous=previous)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core import discovery
 from robustlens.core.rng import derive, generator
+from robustlens.core.signals import Terminated, whole
 from robustlens.core.types import ROWS, Attack, Augmentation, Batch, Moment, Splits
 from robustlens.core.world import World, one_batch
 from robustlens.models.adapter import load_weights
 from robustlens.results.errors import InputError, TrainingStopped
 from robustlens.results.store import RunDirectory
-from robustlens.train.checkpoint import load_state, require_finite, save_state, save_weights
+from robustlens.train.checkpoint import require_finite, resume, save_state, save_weights
 from robustlens.train.config import TrainingConfig
 from robustlens.train.optimizer import make_optimizer, update_average
 from robustlens.train.progress import Progress, Silent, Watch
@@ -94,6 +95,7 @@ class _Trainer:
         self.state_file = run.path / "state.safetensors"
         self.now = Progress()
         self.memory: dict[str, Tensor] = {}
+        self.between_steps = True
         self.saved = time.monotonic()
 
     @property
@@ -102,18 +104,22 @@ class _Trainer:
         return self.model if self.average is None else self.average
 
     def run_all(self) -> list[dict[str, Any]]:
-        if self.state_file.is_file():
-            facts, self.memory = load_state(
-                self.state_file, model=self.model, optimizer=self.optimizer, average=self.average
-            )
+        there = resume(self.state_file, model=self.model, optimizer=self.optimizer, average=self.average)
+        if there is not None:
+            facts, self.memory = there
             self.now = Progress(**facts)
             self.memory |= {name: rows[self.world.rank :: self.world.size] for name, rows in self._rows().items()}
         self.world.same(self.model)
         cuda = [self.device] if self.device.type == "cuda" else []
         synchronised = self.config.batch_norm == "synchronised"
         with torch.random.fork_rng(devices=cuda), one_batch(self.model, self.world, synchronised=synchronised):
-            while self.now.epoch < self.config.epochs and not self.now.stopped:
-                self._epoch()
+            try:
+                while self.now.epoch < self.config.epochs and not self.now.stopped:
+                    self._epoch()
+            except (KeyboardInterrupt, Terminated):
+                if self.between_steps and (self.world.size == 1 or not self._rows()):  # rows need everyone
+                    self._save()
+                raise
         self.world.wait()
         load_weights(self.model, self.run.path / "last.safetensors")
         self.model.eval()
@@ -129,19 +135,33 @@ class _Trainer:
         started = time.monotonic()
         before = now.seconds
         self.model.train()
+        if now.step == len(parts):  # it was stopped before the epoch's end was done
+            last = self.world.divisible(parts[-1])
+            self._prepared(last, now.epoch + (now.step - 1) / len(parts), number=now.step - 1)
         for step in range(now.step, len(parts)):
-            self._steps(parts[step], now.epoch + step / len(parts), number=step)
-            now.step = step + 1
-            now.seconds = before + time.monotonic() - started
+            with whole():
+                self.between_steps = False
+                self._steps(parts[step], now.epoch + step / len(parts), number=step)
+                now.step = step + 1
+                now.seconds = before + time.monotonic() - started
+                self.between_steps = True
             self.watch.step(now.epoch * len(parts) + now.step, total, now.loss_sum / now.seen)
             if self.due and now.step < len(parts):
                 self._save()
+        self.between_steps = False
         self._finish_epoch(before + time.monotonic() - started)
+        self.between_steps = True
 
     def _steps(self, index: Tensor, progress: float, *, number: int) -> None:
         """Every step that the update takes on the batch ``index`` (B,), of which this process has its share."""
-        config, now = self.config, self.now
         index = self.world.divisible(index)
+        batch, gen = self._prepared(index, progress, number=number)
+        for _ in range(self.recipe.update.replays):
+            self._step(batch, gen, len(index), number=number)
+
+    def _prepared(self, index: Tensor, progress: float, *, number: int) -> tuple[Batch, torch.Generator]:
+        """The share of the batch as it is learned from, the step's generator, and the step's learning rate set."""
+        config, now = self.config, self.now
         batch = self.data.train.batch(self.world.share(index))
         gen = self.world.generator(self.device, self.seed, "step", now.epoch, number, examples=len(index))
         torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
@@ -150,12 +170,10 @@ class _Trainer:
             x = augmentation.augment(x, gen=gen)
         self.image = x[:1]
         moment = Moment(progress, config.epochs, len(self.data.train), self.memory, self.world)
-        batch = Batch(x, batch.y, batch.index, moment)
         rate = config.optimizer.lr * config.schedule.scale(progress, config.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        for _ in range(self.recipe.update.replays):
-            self._step(batch, gen, len(index), number=number)
+        return Batch(x, batch.y, batch.index, moment), gen
 
     def _step(self, batch: Batch, gen: torch.Generator, n: int, *, number: int) -> None:
         config, now = self.config, self.now
@@ -252,15 +270,10 @@ class _Trainer:
             save_weights(self.kept, self.run.path / f"{name}.safetensors", {"epoch": epoch})
 
     def _validate(self) -> dict[str, float]:
+        torch.manual_seed(derive(self.seed, "validate", self.now.epoch))  # of a network that draws at random
         split, size = self.data.valid.first(self.config.validation_examples), max(self.config.batch_size, 250)
         return validate(
-            self.kept,
-            split,
-            self.validation,
-            seed=self.seed,
-            epoch=self.now.epoch,
-            batch_size=size,
-            world=self.world,
+            self.kept, split, self.validation, seed=self.seed, epoch=self.now.epoch, batch_size=size, world=self.world
         )
 
     def _rows(self) -> dict[str, Tensor]:

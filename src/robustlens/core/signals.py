@@ -1,0 +1,58 @@
+"""Signals that ask the process to end (Ctrl-C, a cluster's SIGTERM), held back where they would leave half a step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+#: How deep the process is in ``whole`` sections, and the signal that came meanwhile.
+_depth = 0
+_pending = 0
+
+
+class Terminated(SystemExit):
+    """SIGTERM came; the exit code is the shell's for it, 128 + 15."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated, at the end of a ``whole`` section if the
+    process is in one. To be called in the main thread."""
+    before = {number: signal.signal(number, _heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """What is inside is done to its end: a signal that comes meanwhile takes effect behind it."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+    if _pending and not _depth:
+        _end(_pending)
+
+
+def _heed(number: int, frame: FrameType | None) -> None:
+    global _pending
+    if _depth:
+        _pending = number
+    else:
+        _end(number)
+
+
+def _end(number: int) -> None:
+    global _pending
+    _pending = 0
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
