@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 
@@ -24,6 +25,10 @@ class InputError(RobustlensError, ValueError):
     def __init__(self, what: str, *, expected: str, got: str, fix: str) -> None:
         super().__init__(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split()))
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it travels between processes."""
+        return partial(type(self), expected=self.expected, got=self.got, fix=self.fix), (self.what,)
 
 
 def require_at_least(part: Any, **least: float) -> None:
