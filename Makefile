@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow benchmark clean
+.PHONY: demo test test-slow test-cluster benchmark clean
 
 $(BIN)/.installed: pyproject.toml requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,13 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(BIN)/pytest -m slow
+
+$(BIN)/.cluster: $(BIN)/.installed
+	$(BIN)/pip install --quiet --editable '.[test-cluster]'
+	touch $@
+
+test-cluster: $(BIN)/.cluster
+	OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest -m cluster tests/cluster
 
 benchmark: $(BIN)/.installed
 	$(BIN)/python -m benchmarks

@@ -14,6 +14,8 @@ from torch import Generator, Tensor, nn
 import robustlens.cli
 from robustlens.core.types import Batch, Crafted, Terms
 
+pytest_plugins = ["small_cluster"]
+
 torch.set_num_threads(1)
 
 #: Where the full data sets lie, as the product looks for them; the published networks lie beside them.

@@ -81,7 +81,8 @@ class Log(SilentStudy):
 
 
 def times(out: Path) -> dict[str, int]:
-    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name != "lock"}
+    files = [path for path in out.rglob("*") if path.is_file() and path.name not in ("lock", "study.log")]
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
 
 
 def carry_out(out: Path, log: Log | None = None, **changes: Any) -> tuple[list[RunDirectory], Log]:

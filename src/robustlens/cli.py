@@ -35,6 +35,13 @@ class Depth(StrEnum):
     full = "full"
 
 
+class Executor(StrEnum):
+    """Where runs are carried out."""
+
+    here = "here"
+    ray = "ray"
+
+
 app = typer.Typer(
     help="Train robust classifiers, look inside them, and test what the papers say about them.",
     no_args_is_help=True,
@@ -48,13 +55,16 @@ SOURCES = "mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DA
 USUAL = "the preset's, or lenet-small on mnist5k at l2:1.5 for 10 epochs"
 
 Out = Annotated[Path, typer.Option(help="Directory for runs and pages.")]
+Runs = Annotated[str, typer.Option(help="Directory for runs and pages, or an address: s3://bucket/runs.")]
+Places = Annotated[list[str], typer.Argument(help="Run directories, or directories or addresses that hold some.")]
+Track = Annotated[list[str] | None, typer.Option(help='"tensorboard", or pkg.module:callable of your own. Repeatable.')]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or "cuda".')]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: training.epochs=3. Repeatable.")]
 Threat = Annotated[str, typer.Option(help='What the adversary may do: "l2:1.5", "linf:8/255", "l1:12".')]
 
 
 @app.command()
-def demo(out: Out = Path("runs"), device: Device = "auto", overrides: Set = None) -> None:
+def demo(out: Runs = "runs", device: Device = "auto", overrides: Set = None) -> None:
     """Train five networks on real digits, look inside them, and write a page."""
     from importlib.resources import as_file, files
 
@@ -67,14 +77,32 @@ def demo(out: Out = Path("runs"), device: Device = "auto", overrides: Set = None
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="A study as TOML.")],
-    out: Out = Path("runs"),
+    out: Runs = "runs",
     device: Device = "auto",
     overrides: Set = None,
+    track: Track = None,
+    executor: Annotated[Executor, typer.Option(help="Run after run here, or side by side on a Ray cluster.")] = (
+        Executor.here
+    ),
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the Ray cluster.", envvar="RAY_ADDRESS", show_default="one of this machine is started"),
+    ] = None,
+    cpus_per_run: Annotated[float, typer.Option(min=0, help="Cores that Ray sets aside for each run.")] = 1,
+    gpus_per_run: Annotated[float, typer.Option(min=0, help="GPUs that Ray sets aside for each run.")] = 0,
 ) -> None:
     """Carry out a study: train, look, and write a page. Run it again to go on after an interruption."""
     from robustlens.studies.config import read_study
 
-    _study(read_study(file, overrides or ()), out, device)
+    config = read_study(file, overrides or ())
+    if executor is Executor.here:
+        _study(config, out, device, track)
+        return
+    from robustlens.board import show_on_ray
+
+    where = {"address": address, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+    runs = show_on_ray(console, config, out, device=device, track=track or (), **where)
+    _page(config, runs, out)
 
 
 @app.command()
@@ -96,9 +124,10 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=USUAL)] = None,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
-    out: Out = Path("runs"),
+    out: Runs = "runs",
     device: Device = "auto",
     overrides: Set = None,
+    track: Track = None,
 ) -> None:
     """Train one network, look inside it, and write a page."""
     from robustlens.studies.config import single_run
@@ -109,6 +138,7 @@ def train(
         ),
         out,
         device,
+        track,
     )
 
 
@@ -172,14 +202,15 @@ def audit(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="A run directory, or a directory that holds one.")],
-    second: Annotated[Path, typer.Argument(help="Another one, looked at with the same data, threat and examples.")],
+    first: Annotated[str, typer.Argument(help="A run directory, or a directory or an address that holds one.")],
+    second: Annotated[str, typer.Argument(help="Another one, looked at with the same data, threat and examples.")],
 ) -> None:
     """Compare two networks example by example: the difference of their accuracies, with an interval."""
+    from robustlens.results.mirror import fetched
     from robustlens.show import comparison
     from robustlens.studies.compare import compare as compared
 
-    comparison(console, compared(first, second))
+    comparison(console, compared(*fetched([first, second])))
 
 
 @app.command()
@@ -219,7 +250,9 @@ def reproduce(
 
 @app.command()
 def claims(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run directories, or directories that hold some.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Run directories, or directories or addresses that hold some.")
+    ] = None,
     study: Annotated[
         Path | None, typer.Option(help="A study file: carry it out first, then judge by its runs.")
     ] = None,
@@ -233,13 +266,14 @@ def claims(
     from robustlens.claims.ledger import find_claim
     from robustlens.claims.ledger import ledger as judge
     from robustlens.report.front import ledger
+    from robustlens.results.mirror import fetched
     from robustlens.results.runs import read_runs
     from robustlens.results.store import find_runs
     from robustlens.show import Show
     from robustlens.show import claims as show_claims
 
     judged = [*(find_claim(path) for path in also or ()), *known()]
-    directories = find_runs(runs) if runs else []
+    directories = find_runs(fetched(runs)) if runs else []
     if study is not None:
         from robustlens.studies.config import read_study
         from robustlens.studies.run import run_study
@@ -256,7 +290,7 @@ def claims(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold some.")],
+    runs: Places,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its title.")] = "robustlens report",
     figures: Annotated[Path | None, typer.Option(help="Also write every chart as a file into this directory.")] = None,
@@ -265,9 +299,10 @@ def report(
     """Write the page, and the figures for a paper, from finished runs."""
     from robustlens.report.figures import write_figures
     from robustlens.report.page import write_page
+    from robustlens.results.mirror import fetched
     from robustlens.results.store import find_runs
 
-    found = find_runs(runs)
+    found = find_runs(fetched(runs))
     _say_page(write_page(found, out, title=title))
     if figures is not None:
         files = write_figures(found, figures, format=format.value)
@@ -286,10 +321,9 @@ def list_(
     catalogue(console, kind)
 
 
-def _study(config: StudyConfig, out: Path, device: str) -> None:
+def _study(config: StudyConfig, out: str, device: str, track: list[str] | None = None) -> None:
     from robustlens.core.world import joined, together
-    from robustlens.report.page import write_page
-    from robustlens.show import Show, table
+    from robustlens.show import Show
     from robustlens.studies.run import run_study
 
     with together(device) as place:
@@ -297,16 +331,23 @@ def _study(config: StudyConfig, out: Path, device: str) -> None:
             run_study(config, out, device=place)
             return
         with Show(console) as show:
-            runs = run_study(config, out, device=place, watch=show)
+            runs = run_study(config, out, device=place, watch=show, track=track or ())
+    _page(config, runs, out)
+
+
+def _page(config: StudyConfig, runs: list[RunDirectory], out: str) -> None:
+    """The table and the page of a finished study."""
+    from robustlens.report.page import write_page
+    from robustlens.results.mirror import is_remote, publish
+    from robustlens.show import table
+
     table(console, runs)
-    _say_page(write_page(runs, _home(runs) / "report.html", title=config.name))
+    home = runs[0].path.parent
+    page = write_page(runs, home / "report.html", title=config.name)
+    _say_page(publish(page, home.parent, out) if is_remote(out) else page)
 
 
-def _home(runs: list[RunDirectory]) -> Path:
-    return runs[0].path.parent
-
-
-def _say_page(path: Path) -> None:
+def _say_page(path: Path | str) -> None:
     console.print(f"\nThe page: [bold]{escape(str(path))}[/bold]", soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from robustlens.report.front import evidence, ledger
 from robustlens.results.errors import unknown_name
 from robustlens.results.store import RunDirectory
+from robustlens.studies.watch import Lines
 
 if TYPE_CHECKING:
     from robustlens.recipes.recipe import Recipe
@@ -38,9 +39,10 @@ VERDICTS = {
 
 
 class Show:
-    """Two bars: the pieces of the study, and the steps of the training at hand."""
+    """Two bars: the pieces of the study, and the steps of the training at hand; plain lines where no terminal is."""
 
     def __init__(self, console: Console) -> None:
+        self._lines = None if console.is_terminal else Lines(lambda text: plain_line(console, text))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,6 +50,7 @@ class Show:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            disable=not console.is_terminal,
         )
         self._pieces: TaskID | None = None
         self._steps: TaskID | None = None
@@ -62,6 +65,8 @@ class Show:
 
     def begin(self, piece: int, pieces: int, label: str, what: str) -> None:
         """A piece of work starts: ``piece`` of ``pieces`` are done."""
+        if self._lines is not None:
+            self._lines.begin(piece, pieces, label, what)
         if self._pieces is None:
             self._pieces = self._progress.add_task("study", total=pieces, note="")
         self._progress.update(self._pieces, completed=piece, total=pieces, note=f"{label}: {what}")
@@ -81,6 +86,8 @@ class Show:
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         self._last = record
+        if self._lines is not None:
+            self._lines.epoch(record)
 
     def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
         if self._steps is None:
@@ -94,8 +101,19 @@ class Show:
         """A piece of work ended."""
         if self._pieces is not None:
             self._progress.advance(self._pieces)
-        if already:
+        if self._lines is not None:
+            self._lines.done(label, what, already=already)
+        elif already:
             self._progress.console.print(f"[dim]{escape(label)}: {what} was there already[/dim]")
+
+    def failed(self, label: str, what: str, why: str) -> None:
+        return None  # the command ends with it
+
+
+def plain_line(console: Console, text: str) -> None:
+    """``text`` as one line of a log, at once."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.file.flush()
 
 
 def table(console: Console, runs: Sequence[RunDirectory]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 
@@ -25,6 +26,10 @@ class InputError(RobustlensError, ValueError):
         what, got = shortened(what), shortened(got)
         super().__init__(printable(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split())))
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it travels between processes."""
+        return partial(type(self), expected=self.expected, got=self.got, fix=self.fix), (self.what,)
 
 
 #: Control characters other than tabs and new lines, which could steer a terminal, and what is shown in their place.

@@ -8,9 +8,10 @@ import datetime
 import os
 import platform
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,39 +27,18 @@ from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.models.foreign import is_script
 from robustlens.results.errors import DamageWarning, InputError, RobustlensError
+from robustlens.results.mirror import Mirror, connect, is_remote, scratch
 from robustlens.results.reading import Outcome, Reading
 from robustlens.results.store import RunDirectory, read_reading
 from robustlens.studies.config import StudyConfig
 from robustlens.studies.epochs import Scheduled, side_by_side
 from robustlens.studies.memory import within_memory
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
+from robustlens.studies.tracking import Tracker, find_trackers, study_log
+from robustlens.studies.watch import SilentStudy as SilentStudy
+from robustlens.studies.watch import StudyWatch as StudyWatch
+from robustlens.studies.watch import Watches
 from robustlens.train.loop import train
-from robustlens.train.progress import Silent, Watch
-
-
-class StudyWatch(Watch, Protocol):
-    """Someone who watches a study: told of each piece as it begins and ends."""
-
-    def begin(self, piece: int, pieces: int, label: str, what: str) -> None: ...
-
-    def done(self, label: str, what: str, *, already: bool) -> None: ...
-
-    def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
-        """An attack is through with ``done`` of its ``batches`` in a chunk of which ``standing`` examples stand."""
-        ...
-
-
-class SilentStudy(Silent):
-    """Watches nothing."""
-
-    def begin(self, piece: int, pieces: int, label: str, what: str) -> None:
-        return None
-
-    def done(self, label: str, what: str, *, already: bool) -> None:
-        return None
-
-    def attacked(self, chunk: int, attack: str, done: int, batches: int, standing: int) -> None:
-        return None
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -75,45 +55,117 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+class Pushing(SilentStudy):
+    """Mirrors a run directory as the run goes on: at every epoch and piece, and after new checkpoints."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.mirror = mirror
+
+    def tell(self, event: str, *arguments: Any, **named: Any) -> None:
+        if event in ("step", "attacked"):
+            self.mirror.push_now_and_then()
+        else:
+            self.mirror.push()
+
+
 def run_study(
-    study: StudyConfig, out: str | Path = "runs", *, device: str = "auto", watch: StudyWatch | None = None
+    study: StudyConfig,
+    out: str | Path = "runs",
+    *,
+    device: str = "auto",
+    watch: StudyWatch | None = None,
+    track: Sequence[str] = (),
 ) -> list[RunDirectory]:
     """Train every method with every seed, look through every lens, and return the run directories.
 
     Everything is checked before anything is written. Interrupt it at any moment: called again with the same study,
-    it goes on where it stopped. The processes that torchrun started (``core.world.together``) share every batch of the
-    trainings and look through different lenses.
+    it goes on where it stopped. ``out`` may be any address that fsspec reaches (s3://bucket/runs); what is returned
+    then are local copies that go when this process ends. ``track`` names trackers (``tracking.find_trackers``). The
+    processes that torchrun started (``core.world.together``) share every batch of the trainings and look through
+    different lenses; their leader alone tells ``watch`` and trackers.
 
     Raises:
         InputError: something in the study cannot be used, or another process works in a run directory.
         TrainingStopped: a run diverged.
     """
-    watch = watch or SilentStudy()
     plan, place, world = make_plan(study), pick_device(device), joined()
+    trackers = find_trackers(track) if world.leads else ()
+    if world.size > 1 and is_remote(out):
+        raise InputError(
+            "--out", expected="a directory that all processes share", got=str(out), fix="Copy it there at the end."
+        )
     splits = load(study.data).to(place)
     for run in plan.runs:
         rehearse(run, splits)
-    directories: list[RunDirectory] = []
-    each = 1 + len(plan.lenses)
-    for number, run in enumerate(plan.runs):
-        directory = directory_of(run, out, study)
-        with directory.lock() if world.leads else nullcontext():
-            watch.begin(number * each, len(plan.runs) * each, run.label, "training")
-            model = trained(run, splits, directory, plan, watch, out=out)
-            subject = Subject(model, splits, run.threat, place)
+    with study_log(out, study.name) if world.leads else nullcontext() as log:
+        watches = [Watches(*([log.of(run)] if log else []), watch or SilentStudy()) for run in plan.runs]
+        return [carry_out(plan, number, splits, out, each, trackers=trackers) for number, each in enumerate(watches)]
+
+
+def carry_out(
+    plan: Plan,
+    number: int,
+    splits: Splits,
+    out: str | Path,
+    watch: StudyWatch,
+    *,
+    trackers: Sequence[Tracker] = (),
+    owner: str | None = None,
+) -> RunDirectory:
+    """Train the planned run ``number`` and look through every lens, holding its directory; a finished piece is skipped.
+
+    ``owner`` is the same for each process that is started to carry out this run: where ``out`` is remote, a later one
+    need not wait for the lease of an earlier one (``results.lease``).
+
+    Raises:
+        RunInUse: another process works in the run directory.
+        TrainingStopped, InputError: as of ``run_study``.
+    """
+    run, each, world = plan.runs[number], 1 + len(plan.lenses), joined()
+    with opened(run, plan.study, out, owner) as (directory, pushing):
+        watch = Watches(*(make(run, directory.path) for make in trackers), *pushing, watch)
+        what = "training"
+        try:
+            watch.begin(number * each, len(plan.runs) * each, run.label, what)
+            model = trained(run, splits, directory, plan, watch, out=directory.path.parents[1])
+            subject = Subject(model, splits, run.threat, splits.test.labels.device)
             for k, scheduled in enumerate(plan.lenses, start=1):
                 if k % world.size != world.rank:
                     continue
-                watch.begin(number * each + k, len(plan.runs) * each, run.label, scheduled.name)
+                what = scheduled.name
+                watch.begin(number * each + k, len(plan.runs) * each, run.label, what)
                 if scheduled.epochs:
                     already = examine_epochs(scheduled, subject, directory, run)
                 else:
-                    facts = {"weights": study.weights}
+                    facts = {"weights": plan.study.weights}
                     _, already = examine(scheduled.lens, subject, directory, seed=run.seed, facts=facts, watch=watch)
-                watch.done(run.label, scheduled.name, already=already)
+                watch.done(run.label, what, already=already)
             world.wait()
-        directories.append(directory)
-    return directories
+        except RobustlensError as error:
+            watch.failed(run.label, what, str(error))
+            raise
+    return directory
+
+
+@contextmanager
+def opened(
+    run: PlannedRun, study: StudyConfig, out: str | Path, owner: str | None
+) -> Iterator[tuple[RunDirectory, list[Pushing]]]:
+    """The directory of ``run``, held for this process, and what mirrors it where ``out`` is remote."""
+    if not is_remote(out):
+        directory = directory_of(run, out, study)
+        with directory.lock() if joined().leads else nullcontext():
+            yield directory, []
+        return
+    home, place = scratch(str(out)), connect(str(out)).below(slug(study.name))
+    for name in place.directories():
+        (home / slug(study.name) / name).mkdir(parents=True, exist_ok=True)
+    directory = directory_of(run, home, study)
+    with directory.lock(), Mirror(place.below(directory.path.name), directory.path, owner) as mirror:
+        if isinstance(run.start, PlannedRun):
+            start = directory_of(run.start, home, study).path
+            place.below(start.name).pull(start, lambda name: name == "last.safetensors")
+        yield directory, [Pushing(mirror)]
 
 
 def directory_of(run: PlannedRun, out: str | Path, study: StudyConfig) -> RunDirectory:
