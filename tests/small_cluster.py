@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def same(run: RunDirectory, other: RunDirectory, *, weights: bool = True) -> Non
     assert told == others and len(told) == 1
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds} seconds: {what}"
@@ -79,10 +79,10 @@ class Place:
     out: str = "runs"
     drivers: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(self, *labels: str) -> subprocess.Popen[str]:
+    def start(self, *labels: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
         (self.path / "study.toml").write_text(write_study(make_study(settings(*labels))))
         command = [sys.executable, "-m", "robustlens", "study", "study.toml", "--out", self.out]
-        command += ["--executor", "ray", "--address", self.address, "--track", "cluster_trackers:Follow"]
+        command += ["--executor", "ray", "--address", self.address, "--track", "cluster_trackers:Follow", *options]
         pipe = subprocess.PIPE
         self.drivers.append(subprocess.Popen(command, cwd=self.path, stdout=pipe, stderr=pipe, text=True))
         return self.drivers[-1]
@@ -106,7 +106,7 @@ class Place:
 
 
 def finished(driver: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    out, err = driver.communicate(timeout=150)
+    out, err = driver.communicate(timeout=200)
     assert driver.returncode == code, out + err
     return out, err
 

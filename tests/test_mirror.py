@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +192,13 @@ def test_new_checkpoints_are_looked_for_now_and_then(
 def test_addresses_that_nobody_knows() -> None:
     with pytest.raises(InputError, match=r"place nonsense://x: expected one that fsspec reaches.*s3://"):
         connect("nonsense://x")
+
+
+def test_commands_that_know_no_addresses_refuse_them(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["reproduce", "004-table1"], ["claims"], ["audit", "mlp", "--data", "digits", "--threat", "l2:1"]):
+        code, _, err = call(*command, "--out", "s3://bucket/runs")
+        assert code == 2 and err.startswith("error: --out: expected a directory, got s3:/bucket/runs."), err
+    assert list(tmp_path.iterdir()) == []

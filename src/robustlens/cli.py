@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from robustlens.core.signals import Terminated, heeded
-from robustlens.results.errors import DamageWarning, RobustlensError
+from robustlens.results.errors import DamageWarning, InputError, RobustlensError
 
 if TYPE_CHECKING:
     from robustlens.results.store import RunDirectory
@@ -54,7 +54,16 @@ console = Console(emoji=False)
 SOURCES = "mnist5k, digits, a Hub id, a directory, or a name under ROBUSTLENS_DATA."
 USUAL = "the preset's, or lenet-small on mnist5k at l2:1.5 for 10 epochs"
 
-Out = Annotated[Path, typer.Option(help="Directory for runs and pages.")]
+
+def _local(out: Path) -> Path:
+    if ":/" in str(out):
+        raise InputError(
+            "--out", expected="a directory", got=str(out), fix="Addresses are for `study`, `train` and `demo`."
+        )
+    return out
+
+
+Out = Annotated[Path, typer.Option(help="Directory for runs and pages.", callback=_local)]
 Runs = Annotated[str, typer.Option(help="Directory for runs and pages, or an address: s3://bucket/runs.")]
 Places = Annotated[list[str], typer.Argument(help="Run directories, or directories or addresses that hold some.")]
 Track = Annotated[list[str] | None, typer.Option(help='"tensorboard", or pkg.module:callable of your own. Repeatable.')]

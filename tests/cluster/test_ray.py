@@ -86,6 +86,20 @@ def test_runs_are_in_a_store_and_a_retry_need_not_wait_for_the_lease_of_the_dead
     assert place.numbers("plain") == place.numbers("tuned") == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--address", "127.0.0.1:1"], "--address: expected the address of a running Ray cluster"),
+        (["--address", "nowhere"], "--address: expected the address of a running Ray cluster"),
+        (["--gpus-per-run", "8"], "expected a node with 1 CPUs and 8 GPUs, got 1 CPUs and 0 GPUs; 1 CPUs and 0 GPUs."),
+    ],
+)
+def test_clusters_that_cannot_be_used(options: list[str], words: str, place: Place) -> None:
+    _, err = finished(place.start("plain", options=options), 2)
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+    assert {path.name for path in place.path.iterdir()} == {"study.toml"}
+
+
 def test_a_node_that_goes_takes_no_run_with_it(place: Place, cluster: Any, here: dict[str, RunDirectory]) -> None:
     place.mark("hold-plain-2", "hold-fast-2")
     driver = place.start("plain", "fast")

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -73,19 +74,20 @@ def run_study_on_ray(
         rehearse(run, splits)
     prints = _fingerprints(splits)
     out = str(out) if is_remote(out) else Path(out).resolve()
-    with connected(address) as ray, study_log(out, study.name) as log:
+    with connected(address) as ray:
         _require_room(ray, cpus_per_run, gpus_per_run)
-        mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=_here(ray)).remote()
-        task = ray.remote(work).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=RETRIES)
-        watches: list[RunWatch] = []
-        references: list[Any] = []
-        session = uuid.uuid4().hex
-        for number, run in enumerate(plan.runs):
-            watches.append(Watches(log.of(run), board.of(run) if board else SilentStudy()))
-            start = references[plan.runs.index(run.start)] if isinstance(run.start, PlannedRun) else None
-            facts = {"hash": run.hash, "data": prints, "cwd": str(Path.cwd()), "owner": f"{session}-{run.hash}"}
-            references.append(task.remote(study, number, facts, out, device, list(track), mailbox, start))
-        errors = _follow(ray, plan, references, watches, mailbox)
+        with study_log(out, study.name) as log:
+            mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=_here(ray)).remote()
+            task = ray.remote(work).options(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=RETRIES)
+            watches: list[RunWatch] = []
+            references: list[Any] = []
+            session = uuid.uuid4().hex
+            for number, run in enumerate(plan.runs):
+                watches.append(Watches(log.of(run), board.of(run) if board else SilentStudy()))
+                start = references[plan.runs.index(run.start)] if isinstance(run.start, PlannedRun) else None
+                facts = {"hash": run.hash, "data": prints, "cwd": str(Path.cwd()), "owner": f"{session}-{run.hash}"}
+                references.append(task.remote(study, number, facts, out, device, list(track), mailbox, start))
+            errors = _follow(ray, plan, references, watches, mailbox)
     if errors:
         raise errors[0]
     if is_remote(out):
@@ -218,12 +220,15 @@ def connected(address: str | None) -> Iterator[Any]:
             "--executor ray", expected="the package ray", got="none", fix="Run: pip install 'robustlens[cluster]'."
         ) from error
     try:
+        if address not in (None, "auto"):  # Ray itself tries for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         own = {"include_dashboard": False, "object_store_memory": 100 * 2**20} if address is None else {}
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             "--address",
-            expected="the address of a running Ray cluster",
+            expected='the address of a running Ray cluster, HOST:PORT, or "auto"',
             got=f"{address!r}: {str(error).strip().splitlines()[0]}",
             fix="Start one with `ray start --head`, or leave the address out.",
         ) from error
