@@ -201,7 +201,7 @@ class _Chunk:
                 raise ValueError("other content than was written")
             with safe_open(self.file, framework="pt") as stored:
                 where = json.loads(stored.metadata()["state"])
-                tensors = {key: stored.get_tensor(key) for key in ("broken_by", "distance", "broken", "x_adv")}
+                tensors = {key: stored.get_tensor(key).clone() for key in ("broken_by", "distance", "broken", "x_adv")}
         except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
             warnings.warn(f"{what}: {error}. This chunk is evaluated again.", DamageWarning, stacklevel=2)
             return

@@ -98,7 +98,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a+")
+            file = (self.path / "lock").open("ab+", buffering=0)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         with file:
@@ -106,7 +106,7 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = file.read().decode().strip() or "another process"
                 raise RunInUse(
                     f"run directory {self.path}",
                     expected="a directory that no other process works in",
@@ -118,8 +118,7 @@ class RunDirectory:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 file.seek(0)
                 file.truncate()
-                file.write(f"process {os.getpid()}")
-                file.flush()
+                file.write(f"process {os.getpid()}".encode())
             except OSError as error:
                 raise _unwritable(self.path, error) from error
             yield

@@ -105,7 +105,8 @@ def load_state(
             raise ValueError("other content than was written")
         with safe_open(path, framework="pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: what the file is mapped to would go with it, if somebody cut it short.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         numbers = facts.pop("optimizer_numbers")
         facts = facts.get("progress", facts)  # older files have both side by side
         model.load_state_dict(_under("model/", tensors))
