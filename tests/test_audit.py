@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robustlens.core.discovery import discover
 from robustlens.results.errors import InputError
 from robustlens.studies.audit import audit, fingerprint, open_model, open_splits
-from robustlens.studies.run import SilentStudy
+from robustlens.studies.watch import SilentStudy
 
 MARGINS = [{"name": "logit-margins", "bins": 5}]
 

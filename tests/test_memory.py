@@ -17,7 +17,7 @@ from robustlens.core.types import Subject
 from robustlens.results.errors import RobustlensError
 from robustlens.results.reading import Reading
 from robustlens.results.store import RunDirectory
-from robustlens.studies.run import examine
+from robustlens.studies.examine import examine
 from robustlens.threats.lp import Lp
 
 

@@ -20,7 +20,8 @@ from robustlens.results.reading import Reading
 from robustlens.results.store import RunDirectory
 from robustlens.studies.config import make_study, read_study, single_run, write_study
 from robustlens.studies.plan import make_plan
-from robustlens.studies.run import SilentStudy, run_study
+from robustlens.studies.run import run_study
+from robustlens.studies.watch import SilentStudy
 
 FGSM = {"name": "fgsm", "threat": "linf:0.1"}
 

@@ -6,14 +6,15 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from robustlens.core.signals import Terminated, heeded
-from robustlens.results.errors import DamageWarning, InputError, RobustlensError
+from robustlens.results.errors import InputError, RobustlensError
+from robustlens.say import say_error, say_warning
 
 if TYPE_CHECKING:
     from robustlens.results.store import RunDirectory
@@ -365,13 +366,13 @@ def main() -> None:
     sys.path.insert(0, "")  # as `python -m` does: mypkg.net:build is looked for in the working directory first
     try:
         with heeded(), warnings.catch_warnings():
-            warnings.showwarning = _say_warning
+            warnings.showwarning = say_warning
             code = app(standalone_mode=False) or 0
     except Terminated as error:
         code = error.code
     except RobustlensError as error:
         code = error.exit_code
-        _say_error(str(error))
+        say_error(str(error))
     except typer.Abort:
         code = 130
     except Exception as error:  # typer's own errors: an unknown option, a missing argument, a value that does not fit
@@ -379,28 +380,10 @@ def main() -> None:
             raise
         code = getattr(error, "exit_code", 2)
         if text := error.format_message():
-            _say_error(f"{' '.join(text.split()).rstrip('.')}. See --help.")
+            say_error(f"{' '.join(text.split()).rstrip('.')}. See --help.")
     if code in (130, 143):
         Console(stderr=True).print("Stopped. Run the same command again to go on from here.")
     sys.exit(code)
-
-
-def _say_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if issubclass(category, DamageWarning):
-        Console(stderr=True).print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True, highlight=False)
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-
-def _say_error(text: str) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True, highlight=False, emoji=False)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from robustlens.core.discovery import describe
 from robustlens.core.modes import channels_last, untouched
 from robustlens.core.rng import generator
 from robustlens.core.types import Attack, Batch
+from robustlens.core.world import World
 from robustlens.results.errors import DamageWarning, InputError
 from robustlens.results.seal import UNSEALED, is_damaged, sealed
 from robustlens.results.store import digest, write_atomically
@@ -74,6 +75,7 @@ def worst_case(
     batch_size: int = 250,
     state: Path | None = None,
     told: Told | None = None,
+    world: World | None = None,
 ) -> WorstCase:
     """Run ``attacks`` in order over every chunk, each on the examples that nothing has broken yet.
 
@@ -94,7 +96,10 @@ def worst_case(
     """
     settings = {"attacks": [describe(attack) for attack in attacks], "seed": seed, "batch_size": batch_size}
     index, broken_by, distance = [], [], []
+    world = world or World()
     for number, batch in enumerate(chunks):
+        if number % world.size != world.rank:
+            continue
         with channels_last(model, batch.x):
             chunk = _Chunk.begin(number, batch, model, settings, state)
             chunk.finish(attacks, model, seed, batch_size, told)
@@ -102,7 +107,7 @@ def worst_case(
         broken_by.append(chunk.broken_by)
         distance.append(chunk.distance)
     names = tuple(name_of(attack) for attack in attacks)
-    return WorstCase(names, torch.cat(index), torch.cat(broken_by), torch.cat(distance))
+    return WorstCase(names, *(torch.cat(parts) if parts else torch.empty(0) for parts in (index, broken_by, distance)))
 
 
 def name_of(attack: Attack) -> str:

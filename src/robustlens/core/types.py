@@ -96,7 +96,7 @@ class Split:
         """The examples at ``index`` (B,), as float images in [0, 1]."""
         index = index.to(self.labels.device)
         x = self.images[index]
-        x = x.float().div_(255) if x.dtype == torch.uint8 else x
+        x = x / 255 if x.dtype == torch.uint8 else x
         return Batch(x, self.labels[index], index)
 
     def batches(self, size: int, *, order: Tensor | None = None) -> Iterator[Batch]:

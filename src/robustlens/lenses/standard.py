@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from robustlens.attacks.worst_case import STANDS, Told, WorstCase, worst_case
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.types import Split, Subject
+from robustlens.core.world import World, joined
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, require_split, sample
 from robustlens.results.errors import require_at_least
@@ -95,16 +97,20 @@ class StandardAccuracy:
         split: Split = getattr(subject.splits, self.split)
         order = sample(split, self.n_examples)
         settings = describe(self) | {"threat": str(subject.threat), "line-up": list(map(describe, attack.line_up))}
-        try:
-            found = worst_case(
-                attack.line_up,
-                subject.model,
-                batches(subject, split, order, self.chunk),
-                seed=draw_seed(gen),
-                batch_size=self.batch_size,
-                state=state,
-                told=told,
+        seed, size, together = draw_seed(gen), self.batch_size, joined()
+
+        def attacked(world: World) -> WorstCase:
+            chunks, model = batches(subject, split, order, self.chunk), subject.model
+            return worst_case(
+                attack.line_up, model, chunks, seed=seed, batch_size=size, state=state, told=told, world=world
             )
+
+        try:
+            if together.size > 1 and state is not None:
+                with suppress(AttackBroken):  # it breaks again below, for everyone
+                    attacked(together)
+                together.wait()
+            found = attacked(World())
         except AttackBroken as error:
             return Reading(self.name, "No accuracy was measured.", Outcome.failed(str(error)), settings=settings)
         n, clean, robust = len(found), found.right_after(-1), int((found.broken_by == STANDS).sum())

@@ -24,7 +24,8 @@ from robustlens.results.seal import SEAL
 from robustlens.results.store import RunDirectory, write_atomically
 from robustlens.results.verdict import Beside, decide
 from robustlens.studies.config import make_study, write_study
-from robustlens.studies.run import StudyWatch, run_study
+from robustlens.studies.run import run_study
+from robustlens.studies.watch import StudyWatch
 
 #: What a judgement is called where a number stands beside a paper's.
 AGREEMENT = {"supported": "agrees", "contradicted": "differs", "undecided": "undecided", "not run": "not run"}

@@ -28,9 +28,11 @@ from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
+from robustlens.studies.examine import examine
 from robustlens.studies.plan import run_directory
 from robustlens.studies.robustbench import robustbench_record
-from robustlens.studies.run import SilentStudy, StudyWatch, examine, pick_device, provenance
+from robustlens.studies.run import pick_device, provenance
+from robustlens.studies.watch import SilentStudy, StudyWatch
 from robustlens.threats.lp import Lp
 
 Arrays = tuple[Any, Any]

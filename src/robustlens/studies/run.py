@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import datetime
 import os
 import platform
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,26 +15,21 @@ from torch import nn
 
 import robustlens
 from robustlens.attacks.verify import evaluate
-from robustlens.core.discovery import build, describe
+from robustlens.core.discovery import build
 from robustlens.core.modes import lay_channels_last
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Augmentation, Batch, Lens, Moment, Resumable, Splits, Subject
+from robustlens.core.types import Augmentation, Batch, Moment, Resumable, Splits, Subject
 from robustlens.core.world import joined
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
-from robustlens.models.foreign import is_script
-from robustlens.results.errors import DamageWarning, InputError, RobustlensError
+from robustlens.results.errors import InputError, RobustlensError
 from robustlens.results.mirror import Mirror, connect, is_remote, scratch
-from robustlens.results.reading import Outcome, Reading
-from robustlens.results.store import RunDirectory, read_reading
+from robustlens.results.store import RunDirectory
 from robustlens.studies.config import StudyConfig
-from robustlens.studies.epochs import Scheduled, side_by_side
-from robustlens.studies.memory import within_memory
+from robustlens.studies.examine import examine, examine_epochs
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.studies.tracking import Tracker, find_trackers, study_log
-from robustlens.studies.watch import SilentStudy as SilentStudy
-from robustlens.studies.watch import StudyWatch as StudyWatch
-from robustlens.studies.watch import Watches
+from robustlens.studies.watch import SilentStudy, StudyWatch, Watches
 from robustlens.train.loop import train
 
 
@@ -130,7 +122,7 @@ def carry_out(
             model = trained(run, splits, directory, plan, watch, out=directory.path.parents[1])
             subject = Subject(model, splits, run.threat, splits.test.labels.device)
             for k, scheduled in enumerate(plan.lenses, start=1):
-                if k % world.size != world.rank:
+                if k % world.size != world.rank and not isinstance(scheduled.lens, Resumable):
                     continue
                 what = scheduled.name
                 watch.begin(number * each + k, len(plan.runs) * each, run.label, what)
@@ -280,104 +272,6 @@ def _data_of(record: Any, directory: RunDirectory) -> Any:
             got="another one",
             fix="Delete that directory, or choose another one with --out.",
         ) from error
-
-
-def examine(
-    lens: Lens,
-    subject: Subject,
-    directory: RunDirectory,
-    *,
-    seed: int,
-    facts: dict[str, Any],
-    watch: StudyWatch | None = None,
-) -> tuple[Reading, bool]:
-    """The reading of ``lens`` on ``subject``, and whether it was there already.
-
-    A lens that has ``look_resumably`` keeps its state in the run directory and goes on from there after an
-    interruption. One that runs out of memory looks again at fewer images at a time.
-
-    A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
-    others go on.
-    """
-    path = _reading_path(lens, subject, directory, seed, facts)
-    there = _finished(path)
-    if there is not None:
-        return there, True
-    script = is_script(subject.model)
-
-    def look(lens: Lens) -> Reading:
-        gen = generator(subject.device, seed, "lens", lens.name)
-        if not isinstance(lens, Resumable):
-            return lens.look(subject, gen=gen)
-        asked = _reading_path(lens, subject, directory, seed, facts).name  # another where memory ran out
-        told = (watch or SilentStudy()).attacked
-        return lens.look_resumably(subject, gen=gen, state=directory.path / "state" / asked, told=told)
-
-    try:
-        with warnings.catch_warnings():
-            if script:
-                warnings.simplefilter("ignore")  # PyTorch warns of copies of its scripts
-            reading = within_memory(lens, look)
-    except RobustlensError as error:
-        reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
-    except RuntimeError as error:
-        if not script:
-            raise
-        why = f"PyTorch cannot do this with TorchScript ({str(error).strip().splitlines()[-1]}). Use torch.export."
-        reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(why), settings=describe(lens))
-    directory.write_reading(path, reading)
-    return reading, False
-
-
-def _reading_path(lens: Lens, subject: Subject, directory: RunDirectory, seed: int, facts: dict[str, Any]) -> Path:
-    settings = {"lens": describe(lens), "threat": str(subject.threat), "seed": seed, **facts}
-    return directory.reading_path(lens.name, settings)
-
-
-def _finished(path: Path) -> Reading | None:
-    """The reading at ``path``; None where there is none, it failed, or it is damaged (with a DamageWarning)."""
-    if not path.is_dir():
-        return None
-    try:
-        reading = read_reading(path)
-    except InputError as error:
-        warnings.warn(f"{error.what} is damaged ({error.got}) and made again.", DamageWarning, stacklevel=2)
-        return None
-    return None if reading.outcome.status == "failed" else reading
-
-
-def examine_epochs(scheduled: Scheduled, subject: Subject, directory: RunDirectory, run: PlannedRun) -> bool:
-    """Look after each of the chosen epochs that the run reached, and put the findings side by side.
-
-    The readings of the epochs are stored below the run directory as ``epoch-<number>/readings``, so that another choice
-    of epochs repeats none of them. Returns whether everything was there already. The reading is ``failed`` where the
-    weights after an epoch were not kept when the run was trained.
-    """
-    path = _reading_path(scheduled.lens, subject, directory, run.seed, {"epochs": list(scheduled.epochs)})
-    if _finished(path) is not None:
-        return True
-    reached = directory.metrics()[-1]["epoch"]
-    files = {epoch: directory.path / f"epoch-{epoch}.safetensors" for epoch in scheduled.epochs if epoch <= reached}
-    if missing := [str(epoch) for epoch, file in files.items() if not file.is_file()]:
-        why = (
-            f"The weights after epoch {', '.join(missing)} were not kept: this lens was not in the study when the run "
-            f"was trained. Delete {directory.path} to train it again, or choose another directory with --out."
-        )
-        reading = Reading(
-            scheduled.name, "Nothing was measured.", Outcome.failed(why), settings=describe(scheduled.lens)
-        )
-        directory.write_reading(path, reading)
-        return False
-    found = []
-    for epoch, file in files.items():
-        then = dataclasses.replace(subject, model=copy.deepcopy(subject.model))
-        load_weights(then.model, file)
-        below = RunDirectory(directory.path / f"epoch-{epoch}")
-        reading, _ = examine(scheduled.lens, then, below, seed=run.seed, facts={"epoch": epoch})
-        found.append((epoch, reading))
-    if found:
-        directory.write_reading(path, side_by_side(scheduled, found))
-    return False
 
 
 def provenance(splits: Splits, device: torch.device) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class _Trainer:
         self.model, self.data, self.recipe, self.config = model, splits, recipe, config
         self.seed, self.run, self.validation, self.keep, self.watch = seed, run, validation, keep, watch
         self.world, self.due = world, False
+        self.batch: Batch | None = None  # at hand; that of full-batch training is made once
         self.device = splits.train.labels.device
         self.optimizer = make_optimizer(model, config)
         self.average = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
@@ -128,7 +129,8 @@ class _Trainer:
     def _epoch(self) -> None:
         now, size = self.now, self.config.batch_size
         gen = generator("cpu", self.seed, "order", now.epoch)
-        parts = torch.split(torch.randperm(len(self.data.train), generator=gen), size)
+        n = len(self.data.train)
+        parts = torch.split(torch.randperm(n, generator=gen) if size < n else torch.arange(n), size)
         if len(parts) > 1 and len(parts[-1]) < 2 * self.world.size <= size:
             parts = parts[:-1]  # BatchNorm has no variance over a single example
         total = len(parts) * self.config.epochs
@@ -162,7 +164,9 @@ class _Trainer:
     def _prepared(self, index: Tensor, progress: float, *, number: int) -> tuple[Batch, torch.Generator]:
         """The share of the batch as it is learned from, the step's generator, and the step's learning rate set."""
         config, now = self.config, self.now
-        batch = self.data.train.batch(self.world.share(index))
+        if self.batch is None or len(index) < len(self.data.train):
+            self.batch = self.data.train.batch(self.world.share(index))
+        batch = self.batch
         gen = self.world.generator(self.device, self.seed, "step", now.epoch, number, examples=len(index))
         torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
         x = batch.x
