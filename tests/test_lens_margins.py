@@ -9,6 +9,7 @@ import torch
 from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses.margins import LogitMargins, normalised_margin, skewness
 from robustlens.lenses.oracle import linear_subject
+from robustlens.lenses.shared_bins import histogram
 from robustlens.results.errors import InputError
 
 
@@ -89,3 +90,12 @@ def test_equal_margins() -> None:
     reading = LogitMargins().look(subject, gen=gen())
     assert reading["spread of margins, test"].value == pytest.approx(0.0, abs=1e-12)
     assert reading.panels[0].counts["test"].sum() == 4
+
+
+def test_margins_that_differ_by_rounding_alone_have_a_histogram() -> None:
+    values = {"test": np.full(20, 0.7) + np.arange(20) * 1e-17, "train": np.array([0.7, np.nextafter(0.7, 1)])}
+    panel = histogram("", "", values, 30)
+    assert panel.edges[0] == pytest.approx(0.2) and {name: c.sum() for name, c in panel.counts.items()} == {
+        "test": 20,
+        "train": 2,
+    }

@@ -20,11 +20,12 @@ from robustlens.lenses.distances import Distances, Nearest, certificate, distanc
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.lenses.pictures import class_name, compared
+from robustlens.lenses.shared_bins import histogram
 from robustlens.linalg.lipschitz import Uncertified
 from robustlens.results.correlation import bootstrap_spearman, spearman
 from robustlens.results.errors import require_at_least
 from robustlens.results.intervals import bootstrap_mean
-from robustlens.results.panels import Curve, Floats, Gallery, Histogram, Panel, Series, Table
+from robustlens.results.panels import Curve, Floats, Gallery, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
 
@@ -278,16 +279,10 @@ def _charts(found: dict[str, Distances], threat: Lp, bins: int) -> list[Panel]:
     if "certified" in kinds:
         series.append(Series("certified", radii, np.array([(test.right & (sure > r)).mean() for r in radii])))
     return [
-        _histogram("Margins", f"distance to the boundary, negative for wrong answers {label}", signed, bins),
-        _histogram("Three views of the distance, test", f"distance to the boundary {label}", kinds, bins),
+        histogram("Margins", f"distance to the boundary, negative for wrong answers {label}", signed, bins),
+        histogram("Three views of the distance, test", f"distance to the boundary {label}", kinds, bins),
         Curve("Accuracy that the distances leave", f"radius {label}", "share right", tuple(series), (0.0, 1.0)),
     ]
-
-
-def _histogram(title: str, label: str, values: dict[str, Floats], bins: int) -> Histogram:
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=bins)
-    counts = {name: np.histogram(each, bins=edges)[0].astype(np.float64) for name, each in values.items()}
-    return Histogram(title, label, edges, counts)
 
 
 def _table(quantities: list[Quantity], found: dict[str, Distances]) -> Table:

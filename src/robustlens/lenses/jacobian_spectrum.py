@@ -20,10 +20,11 @@ from robustlens.core.types import Attack, Split, Subject
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
+from robustlens.lenses.shared_bins import histogram
 from robustlens.linalg.jacobian import at_once, decompose, jacobian_rows, power_method, require_separate, residual
 from robustlens.linalg.regression import MOST, regressed_jacobian
 from robustlens.results.errors import require_at_least
-from robustlens.results.panels import Curve, Floats, Histogram, Table
+from robustlens.results.panels import Curve, Floats, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
 
@@ -32,6 +33,8 @@ UNIT = "logits per unit of ℓ2 change"
 ROUNDING = 1e-3
 #: A regression that differs by more from the derivative contradicts it.
 CONTRADICTED = 0.05
+#: Title and axis of the histogram.
+LARGEST = "Largest singular value of each image", f"largest singular value ({UNIT})"
 BINS = 30
 
 
@@ -147,7 +150,11 @@ class JacobianSpectrum:
             outcome=Outcome.unreliable(" ".join(checks.problems)) if checks.problems else Outcome(),
             quantities=(*_quantities(values, seed), *checks.quantities),
             headline=("largest singular value, clean", "largest singular value, attacked"),
-            panels=(_curve(values, seed), _histogram(values), *checks.tables),
+            panels=(
+                _curve(values, seed),
+                histogram(*LARGEST, {at: s[:, 0] for at, s in values.items()}, BINS),
+                *checks.tables,
+            ),
             settings=settings,
         )
 
@@ -236,12 +243,6 @@ def _curve(values: dict[str, Floats], seed: int) -> Curve:
     ranks = np.arange(1.0, 1 + values["clean"].shape[1])
     series = tuple(band(at, ranks, s, seed=seed) for at, s in values.items())
     return Curve("Singular values of the Jacobian", "rank", f"singular value ({UNIT})", series)
-
-
-def _histogram(values: dict[str, Floats]) -> Histogram:
-    edges = np.histogram_bin_edges(np.concatenate([s[:, 0] for s in values.values()]), bins=BINS)
-    counts = {at: np.histogram(s[:, 0], bins=edges)[0].astype(np.float64) for at, s in values.items()}
-    return Histogram("Largest singular value of each image", f"largest singular value ({UNIT})", edges, counts)
 
 
 def _sentence(values: dict[str, Floats]) -> str:

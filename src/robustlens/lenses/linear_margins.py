@@ -18,11 +18,12 @@ from robustlens.core.types import Batch, Split, Subject
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.lenses.pictures import class_name, compared
+from robustlens.lenses.shared_bins import histogram
 from robustlens.linalg.hard_margin import HardMargin, hard_margin_svm
 from robustlens.linalg.rivals import rivals
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import bootstrap_mean, wilson
-from robustlens.results.panels import Floats, Gallery, Histogram, Table
+from robustlens.results.panels import Floats, Gallery, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 
 #: A lead that is left at the foot of the perpendicular, over the largest lead: what rounding explains.
@@ -158,7 +159,13 @@ class LinearMargins:
             headline=tuple(
                 q.name for q in quantities if q.name.startswith(("minimum", "average margin, ", "error", "share"))
             ),
-            panels=(_histogram(margins, self.bins), _table(quantities), *_gallery(found, subject)),
+            panels=(
+                histogram(
+                    "Signed margins", "distance to the boundary (ℓ2), negative for wrong answers", margins, self.bins
+                ),
+                _table(quantities),
+                *_gallery(found, subject),
+            ),
             settings=settings,
         )
 
@@ -289,12 +296,6 @@ def _sentence(margins: Floats, quantities: list[Quantity]) -> str:
     )
     limit = next((q.value for q in quantities if q.name == "largest minimum margin"), None)
     return f"{said}." if limit is None else f"{said}; no hyperplane has a smallest one above {limit:.4g}."
-
-
-def _histogram(margins: dict[str, Floats], bins: int) -> Histogram:
-    edges = np.histogram_bin_edges(np.concatenate(list(margins.values())), bins=bins)
-    counts = {name: np.histogram(values, bins=edges)[0].astype(np.float64) for name, values in margins.items()}
-    return Histogram("Signed margins", "distance to the boundary (ℓ2), negative for wrong answers", edges, counts)
 
 
 def _table(quantities: list[Quantity]) -> Table:

@@ -17,6 +17,7 @@ from robustlens.core.passes import Passes
 from robustlens.core.types import Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
+from robustlens.lenses.shared_bins import histogram
 from robustlens.linalg.layers import Skipped, operators
 from robustlens.results.intervals import bootstrap_mean, wilson
 from robustlens.results.panels import Floats, Histogram, Table
@@ -95,8 +96,8 @@ class LogitMargins:
         for name in raw:
             quantities += self._summary(raw[name], free[name], name, seed)
         panels: list[Histogram | Table] = [
-            _histogram("Logit margins", "logit margin", raw, self.bins),
-            _histogram("Normalised logit margins", "logit margin / norm of the centred logits", free, self.bins),
+            histogram("Logit margins", "logit margin", raw, self.bins),
+            histogram("Normalised logit margins", "logit margin / norm of the centred logits", free, self.bins),
         ]
         if self.by_complexity:
             complexity = _log_complexity(subject)
@@ -106,7 +107,7 @@ class LogitMargins:
                     mean = float(values.mean())
                     quantities.append(Quantity(f"mean margin / complexity, {name}", mean, n=len(values)))
                 title = "Logit margins over spectral complexity"
-                panels.append(_histogram(title, "logit margin / spectral complexity", divided, self.bins))
+                panels.append(histogram(title, "logit margin / spectral complexity", divided, self.bins))
         panels.append(_table(raw, free, quantities))
         middle, share = float(raw["test"].mean()), float((np.abs(raw["test"]) < self.near).mean())
         return Reading(
@@ -165,12 +166,6 @@ def _log_complexity(subject: Subject) -> float:
     (batch,) = batches(subject, subject.splits.test, torch.tensor([0]), 1)
     norms = [layer.norm() for layer in operators(subject.model, batch.x) if not isinstance(layer, Skipped)]
     return sum(math.log10(v) if v > 0 else -math.inf for v in norms) if norms else math.nan
-
-
-def _histogram(title: str, label: str, values: Mapping[str, Floats], bins: int) -> Histogram:
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=bins)
-    counts = {name: np.histogram(values[name], bins=edges)[0].astype(np.float64) for name in values}
-    return Histogram(title, label, edges, counts)
 
 
 def _table(raw: Mapping[str, Floats], free: Mapping[str, Floats], quantities: list[Quantity]) -> Table:
