@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from robustlens.results.panels import Curve, Panel, Series
+from robustlens.results.panels import Curve, Panel, Series, column
 from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, methods, seedless
 
@@ -124,7 +122,7 @@ def _line(run: Run, key: str, name: str) -> Series:
         for i, record in enumerate(run.metrics)
         if _number(record.get(key))
     ]
-    return Series(name, np.array([x for x, _ in points]), np.array([y for _, y in points]))
+    return Series(name, column([x for x, _ in points]), column([y for _, y in points]))
 
 
 def _number(value: Any) -> bool:

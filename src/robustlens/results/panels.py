@@ -23,12 +23,16 @@ def _floats(values: Any) -> Floats:
     return np.asarray(values, dtype=np.float64)
 
 
-def _flat(values: Any) -> Floats:
-    """A column of numbers (n,); raises ValueError for anything else."""
+def column(values: Any) -> Floats:
+    """Stored numbers (n,), infinite beyond 1e300 so that what is computed with them stays a number.
+
+    Raises:
+        TypeError, ValueError: something else.
+    """
     found = _floats(values)
     if found.ndim != 1:
         raise ValueError("a column is not made of numbers")
-    return found
+    return np.where(np.abs(found) > 1e300, np.copysign(np.inf, found), found)
 
 
 Size = Annotated[int, Field(ge=1)]
@@ -117,9 +121,9 @@ class Curve:
     def restore(cls, facts: CurveFacts, columns: Columns) -> Self:
         owner = columns["series"]
 
-        def part(column: str, name: str) -> Floats | None:
-            values = [v for v, o in zip(columns[column], owner, strict=True) if o == name]
-            return None if any(v is None for v in values) else _flat(values)
+        def part(end: str, name: str) -> Floats | None:
+            values = [v for v, o in zip(columns[end], owner, strict=True) if o == name]
+            return None if any(v is None for v in values) else column(values)
 
         series = []
         for name in facts.names:
@@ -148,10 +152,10 @@ class Histogram:
 
     @classmethod
     def restore(cls, facts: HistogramFacts, columns: Columns) -> Self:
-        counts = {name: _flat(columns[name]) for name in facts.names}
+        counts = {name: column(columns[name]) for name in facts.names}
         if any(len(each) + 1 != len(facts.edges) for each in counts.values()):
             raise ValueError("a histogram has one edge more than it has counts")
-        return cls(facts.title, facts.x_label, _flat(facts.edges), counts)
+        return cls(facts.title, facts.x_label, column(facts.edges), counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +183,10 @@ class Heatmap:
 
     @classmethod
     def restore(cls, facts: HeatmapFacts, columns: Columns) -> Self:
-        x, y = _flat(facts.x), _flat(facts.y)
-        return cls(facts.title, facts.x_label, facts.y_label, x, y, _flat(columns["z"]).reshape(len(y), len(x)))
+        x, y = column(facts.x), column(facts.y)
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise ValueError("a heat map stands on finite numbers")
+        return cls(facts.title, facts.x_label, facts.y_label, x, y, column(columns["z"]).reshape(len(y), len(x)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -287,12 +287,14 @@ def find_runs(places: Sequence[str | Path]) -> list[RunDirectory]:
     """The runs at or below ``places``, each once; raises InputError where there are none."""
     found: list[RunDirectory] = []
     for place in map(Path, places):
-        files = [place / "run.json"] if (place / "run.json").is_file() else sorted(place.glob("**/run.json"))
+        there = os.path.isdir(place)  # unlike pathlib's, false for what no path can be
+        here = [place / "run.json"] if there and (place / "run.json").is_file() else []
+        files = here or (sorted(place.glob("**/run.json")) if there else [])
         if not files:
             raise InputError(
                 f"runs in {place}",
                 expected="a run directory, or a directory that holds some",
-                got="none" if place.is_dir() else "no such directory",
+                got="none" if there else "no such directory",
                 fix="Run `robustlens study FILE` or `robustlens demo` first.",
             )
         found += [RunDirectory(file.parent) for file in files]
