@@ -141,7 +141,8 @@ class _Trainer:
                     self._epoch()
             except (KeyboardInterrupt, Terminated):
                 if self.between_steps:
-                    self._save()
+                    with whole():
+                        self._save()
                 raise
         load_weights(self.model, self.run.path / "last.safetensors")
         self.model.eval()
