@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-#: How deep the process is in ``whole`` sections, and the signal that came meanwhile.
+#: Seconds after which a signal is raised again: what runs in a library's callback or import may have swallowed it.
+AGAIN = 2.0
+
+#: How deep the process is in ``whole`` sections, the signal that waits for their end, and the one that asked to end.
 _depth = 0
 _pending = 0
+_asked = 0
 
 
 class Terminated(SystemExit):
@@ -22,11 +26,14 @@ class Terminated(SystemExit):
 @contextmanager
 def heeded() -> Iterator[None]:
     """Inside, SIGINT raises KeyboardInterrupt and SIGTERM raises Terminated, at the end of a ``whole`` section if the
-    process is in one. To be called in the main thread."""
-    before = {number: signal.signal(number, _heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    process is in one, and again every two seconds until this is left. To be called in the main thread."""
+    global _pending, _asked
+    _pending = _asked = 0
+    before = {number: signal.signal(number, _heed) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -45,11 +52,14 @@ def whole() -> Iterator[None]:
 
 
 def _heed(number: int, frame: FrameType | None) -> None:
-    global _pending
+    global _pending, _asked
+    if number != signal.SIGALRM:
+        _asked = number
+        signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
     if _depth:
-        _pending = number
+        _pending = _asked
     else:
-        _end(number)
+        _end(_asked)
 
 
 def _end(number: int) -> None:

@@ -119,7 +119,8 @@ class _Trainer:
                     self._epoch()
             except (KeyboardInterrupt, Terminated):
                 if self.between_steps and (self.world.size == 1 or not self._rows()):  # rows need everyone
-                    self._save()
+                    with whole():
+                        self._save()
                 raise
         self.world.wait()
         load_weights(self.model, self.run.path / "last.safetensors")
