@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow benchmark clean
+.PHONY: demo test test-slow fuzz benchmark clean
 
 $(BIN)/.installed: pyproject.toml requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(BIN)/pytest -m slow
+
+MINUTES ?= 10
+
+fuzz: $(BIN)/.installed
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 benchmark: $(BIN)/.installed
 	$(BIN)/python -m benchmarks
