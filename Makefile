@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-cluster benchmark clean
+.PHONY: demo test test-slow test-cluster fuzz benchmark clean
 
 $(BIN)/.installed: pyproject.toml requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ $(BIN)/.cluster: $(BIN)/.installed
 
 test-cluster: $(BIN)/.cluster
 	OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest -m cluster tests/cluster
+
+MINUTES ?= 10
+
+fuzz: $(BIN)/.installed
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 benchmark: $(BIN)/.installed
 	$(BIN)/python -m benchmarks
