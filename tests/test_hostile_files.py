@@ -33,6 +33,7 @@ from robustlens.results.errors import InputError, printable
 from robustlens.results.files import LARGEST, parse_json, read_table
 from robustlens.results.panels import Gallery, Table
 from robustlens.results.reading import Reading
+from robustlens.results.seal import SEAL, sealed
 from robustlens.results.store import RunDirectory, find_runs, read_reading
 
 GOOD = [np.random.default_rng(k).integers(0, 256, (6, 6, 3), dtype=np.uint8) for k in range(20)]
@@ -83,7 +84,7 @@ DOORS = [in_folder, in_parquet]
     [
         (bomb(60_000), "DecompressionBombError .Image size .3600000000 pixels"),
         (bomb(10_000), "DecompressionBombWarning .Image size .100000000 pixels"),
-        (encoded()[:60], "image file is truncated"),
+        (encoded()[:60], "a PNG chunk whose checksum does not fit"),
         (b"", "cannot identify image file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify image file"),
         (encoded("EPS"), "cannot identify image file"),
@@ -302,6 +303,8 @@ def test_a_panel_that_would_fill_the_memory(tmp_path: Path) -> None:
     rows = 9_000_000
     pq.write_table(pa.table({"x": np.zeros(rows), "y": np.zeros(rows)}), file, compression="zstd")
     assert file.stat().st_size < 200_000
+    record = json.loads((file.parent / "reading.json").read_text()) | {"files": {}, SEAL: "0" * 64}
+    (file.parent / "reading.json").write_bytes(sealed(json.dumps(record).encode()))  # sums keep nobody from lying
     with pytest.raises(InputError, match=r"would become more than 268,435,456 in memory"):
         read_reading(file.parent)
     with pytest.raises(ValueError, match="more than 10 in memory"):

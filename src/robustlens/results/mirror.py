@@ -210,7 +210,7 @@ def _is_kept(name: str) -> bool:
 
 
 def _is_state(name: str) -> bool:
-    return name == "state.safetensors" or name.startswith("state/")
+    return name in ("state.safetensors", "state.previous.safetensors") or name.startswith("state/")
 
 
 def _is_number(name: str) -> bool:
