@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.scaling           # measures, a thread (or a GPU) a process
     python -m benchmarks.scaling --predict                      # the table of docs/scale.md, from its formula
 
-A step is PGD-10 training on a global batch. Rounds alternate between all processes, each with its share, and the
-leader alone with the whole batch while the others wait; the exchange of gradients is timed apart.
+A step is PGD-10 training on a global batch. Rounds alternate between all processes, each with its share; the leader
+alone with the whole batch while the others wait; and all with their shares and no word between them, which is what the
+machine can do. The exchange of gradients is timed apart.
 """
 
 from __future__ import annotations
@@ -44,18 +45,21 @@ def measure(name: str, world: World, *, rounds: int, device: torch.device) -> li
     torch.manual_seed(0)
     model = discovery.build("model", {"name": name, **work.settings}).build(work.shape, work.classes).to(device)
     lay_channels_last(model, torch.zeros(1, *work.shape, device=device))
-    alone, all_ = (stepper(model, work, who, device) for who in (World(), world))
+    alone, all_ = (stepper(model, work, who, who, device) for who in (World(), world))
+    apart = stepper(model, work, world, World(), device)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found: dict[str, list[float]] = {"one": [], "all": [], "exchange": []}
+    found: dict[str, list[float]] = {"one": [], "all": [], "apart": [], "exchange": []}
     for number in range(rounds + 1):
         world.wait()
         one = seconds(alone, device) if world.leads else 0.0
         world.wait()
         both = seconds(all_, device)
         world.wait()
+        each = seconds(apart, device)
+        world.wait()
         told = seconds(lambda: world.average([p.grad for p in model.parameters() if p.grad is not None]), device)
         if number:  # the first warms up
-            for key, value in zip(found, (one, both, told), strict=True):
+            for key, value in zip(found, (one, both, each, told), strict=True):
                 found[key].append(value)
     if not world.leads:
         return []
@@ -71,6 +75,7 @@ def measure(name: str, world: World, *, rounds: int, device: torch.device) -> li
             high=max(ratios),
             n=rounds,
             measured={
+                "over_apart": statistics.median(a / b for a, b in zip(found["all"], found["apart"], strict=True)),
                 **{f"{key}_seconds": value for key, value in median.items()},
                 "batch": work.batch,
                 "parameters": parameters,
@@ -80,17 +85,18 @@ def measure(name: str, world: World, *, rounds: int, device: torch.device) -> li
     ]
 
 
-def stepper(model: nn.Module, work: Workload, world: World, device: torch.device) -> Callable[[], object]:
+def stepper(model: nn.Module, work: Workload, world: World, told: World, device: torch.device) -> Callable[[], object]:
+    """A step on this process's share, of which the processes of ``told`` hear."""
     gen = torch.Generator(device).manual_seed(1)
     index = world.share(torch.arange(work.batch))
     x = torch.rand(work.batch, *work.shape, generator=torch.Generator().manual_seed(0))[index].to(device)
-    batch = Batch(x, (index % work.classes).to(device), index, Moment(world=world))
+    batch = Batch(x, (index % work.classes).to(device), index, Moment(world=told))
     objective = Adversarial(attack=PGD(threat=Lp.parse(work.threats[0]), steps=STEPS))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         terms = Descend().backward(model, objective, (), batch, gen=gen)
-        exchange(world, model, terms, batch.y, asks=False)
+        exchange(told, model, terms, batch.y, asks=False)
 
     return step
 
