@@ -155,7 +155,10 @@ class Histogram:
         counts = {name: column(columns[name]) for name in facts.names}
         if any(len(each) + 1 != len(facts.edges) for each in counts.values()):
             raise ValueError("a histogram has one edge more than it has counts")
-        return cls(facts.title, facts.x_label, column(facts.edges), counts)
+        edges = column(facts.edges)
+        if np.isnan(edges).any() or (edges[1:] < edges[:-1]).any():
+            raise ValueError("a histogram's edges ascend")
+        return cls(facts.title, facts.x_label, edges, counts)
 
 
 @dataclass(frozen=True, eq=False)
