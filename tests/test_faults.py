@@ -124,7 +124,7 @@ model = { name = "mlp", hidden = 256 }
 data = { source = "digits", train = 1000, valid = 60, test = 100 }
 validation = { name = "fgsm" }
 training = { epochs = 6, batch_size = 50, checkpoint_seconds = 1000 }
-lenses = [{ name = "standard-accuracy", n_examples = 40, batch_size = 4, chunk = 20, effort = 0.05 }]
+lenses = [{ name = "standard-accuracy", n_examples = 40, batch_size = 4, chunk = 20, effort = 0.2 }]
 [[methods]]
 label = "pgd"
 objective = { name = "adversarial", attack = { name = "pgd", threat = "linf:0.1", steps = 20 } }
