@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html.parser
 import json
 import math
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzz.elements import Elements
 
 from robustlens.report.aggregate import common_edges, over_seeds, shares
 from robustlens.report.charts import MAX_POINTS, chart, spec
@@ -101,33 +101,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
 @pytest.fixture(scope="module")
 def page(runs: list[RunDirectory], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(runs, tmp_path_factory.mktemp("page") / "report.html", title=f"Study {HOSTILE}")
-
-
-class Elements(html.parser.HTMLParser):
-    """All tags with their attributes, the text outside scripts, and what stands in each script."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.scripts: list[str] = []
-        self.inside = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "script":
-            self.scripts[-1] += data
-        elif self.inside != "style":
-            self.words.append(data)
 
 
 @pytest.fixture(scope="module")

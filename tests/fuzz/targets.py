@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import html.parser
 import json
 import re
 import shutil
@@ -30,6 +29,8 @@ from robustlens.results.runs import read_runs
 from robustlens.results.store import RunDirectory, find_runs
 from robustlens.studies.config import read_study
 from robustlens.studies.plan import make_plan
+
+from .elements import Elements
 
 #: Text that ends elements, scripts, comments and lines, and text of any characters, half surrogates too.
 NASTY = (
@@ -248,38 +249,6 @@ def directories(contents: Any) -> None:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-class Page(html.parser.HTMLParser):
-    """The elements of a page, each with the names of its attributes, and what stands in its scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: set[str] = set()
-        self.attributes: set[str] = set()
-        self.addresses: list[str] = []
-        self.scripts: list[str] = []
-        self.inside = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.inside = tag
-        self.elements.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "script":
-            self.scripts[-1] += data
-
-    def handle_comment(self, data: str) -> None:
-        raise AssertionError(f"a comment that no template has: {data}")
-
-
 _WORDS = r"[\w-]+"
 ELEMENTS = frozenset(
     re.findall(
@@ -318,12 +287,16 @@ def page(content: tuple[Any, str]) -> None:
             check_page((place / "page.html").read_text())
 
 
-def check_page(text: str) -> Page:
-    """Parse a page and assert that every element is the template's."""
-    found = Page(text)
-    assert found.elements <= ELEMENTS, found.elements - ELEMENTS
-    assert found.attributes <= ATTRIBUTES, found.attributes - ATTRIBUTES
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in found.addresses)
+def check_page(text: str) -> Elements:
+    """Parse a page and assert that every element is the template's, and that no comment is there."""
+    found = Elements(text)
+    tags, attributes = {tag for tag, _ in found.tags}, [each for _, each in found.tags]
+    assert tags <= ELEMENTS, tags - ELEMENTS
+    assert not found.comments, found.comments
+    for each in attributes:
+        assert each.keys() <= ATTRIBUTES, each.keys() - ATTRIBUTES
+        for address in (each[name] or "" for name in ("src", "href") if name in each):
+            assert address.startswith(("data:image/png;base64,", "#")), address
     assert len(found.scripts) == 4
     specs, labels = map(json.loads, found.scripts[:2])
     assert all(isinstance(each, dict) for each in specs) and all(isinstance(each, str) for each in labels)

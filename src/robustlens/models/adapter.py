@@ -195,7 +195,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def require_modest(path: Path, what: str) -> None:
-    """Refuse a zip archive that would fill the memory when it is unpacked."""
+    """Refuse a zip archive that would fill the memory when it is unpacked.
+
+    zipfile says of a table of contents that somebody made up any of four kinds of error: BadZipFile, OSError for places
+    before the file's start, ValueError for sizes, NotImplementedError for versions of the format that do not exist.
+    """
     try:
         members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
