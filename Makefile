@@ -17,7 +17,7 @@ test: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest -n 2 --dist loadgroup
 
 test-slow: $(BIN)/.installed
 	$(BIN)/pytest -m slow

@@ -124,7 +124,7 @@ model = { name = "mlp", hidden = 256 }
 data = { source = "digits", train = 1000, valid = 60, test = 100 }
 validation = { name = "fgsm" }
 training = { epochs = 6, batch_size = 50, checkpoint_seconds = 1000 }
-lenses = [{ name = "standard-accuracy", n_examples = 40, batch_size = 4, chunk = 20, effort = 0.2 }]
+lenses = [{ name = "standard-accuracy", n_examples = 16, batch_size = 4, chunk = 8, effort = 0.2 }]
 [[methods]]
 label = "pgd"
 objective = { name = "adversarial", attack = { name = "pgd", threat = "linf:0.1", steps = 20 } }
@@ -334,7 +334,7 @@ def killed(trials: int, out: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    killed(4, tmp_path / "counts.json")
+    killed(2, tmp_path / "counts.json")
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from shared_runs import PROCESSES, carry_out, cases
 from robustlens.core.world import World
 from robustlens.results.store import RunDirectory
 
+#: One worker trains them all, where tests are shared out (pytest-xdist, --dist loadgroup).
+pytestmark = pytest.mark.xdist_group("together")
 CASES = {case: (recipe, settings) for case, recipe, settings in cases()}
 
 

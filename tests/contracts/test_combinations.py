@@ -115,7 +115,7 @@ def test_regularizers_draw_and_move_nothing_of_the_networks(recipe: Recipe) -> N
     assert all(torch.equal(p, q) for p, q in zip(model.buffers(), plain.buffers(), strict=True))
 
 
-@settings(BUDGET, max_examples=20)
+@settings(BUDGET, max_examples=8)
 @given(recipes(), st.integers(1, 9))
 def test_killed_and_resumed_is_uninterrupted(recipe: Recipe, moment_of_death: int) -> None:
     class Killed(Exception):
