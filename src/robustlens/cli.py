@@ -242,7 +242,6 @@ def reproduce(
     from robustlens.recipes.recipe import find_recipe, find_scale, recipes
     from robustlens.recipes.reproduce import parse_seeds, write
     from robustlens.recipes.reproduce import reproduce as carry_out
-    from robustlens.report.front import beside
     from robustlens.show import Show, front, recipe_list
 
     if name is None:
@@ -254,7 +253,8 @@ def reproduce(
         found = carry_out(
             recipe, size, out, seeds=chosen, overrides=overrides or (), weights=weights, device=device, watch=show
         )
-    front(console, beside(found.rows, recipe.what))
+    for table in found.front:
+        front(console, table)
     _say_page(write(found, out, keep))
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import robustlens
+from robustlens.claims.ledger import ledger
 from robustlens.claims.statistics import linear, over_seeds
 from robustlens.recipes.recipe import Printed, Recipe, Scale
 from robustlens.recipes.summary import write_summary
 from robustlens.report.figures import write_figures
-from robustlens.report.front import beside
+from robustlens.report.front import Front, beside
+from robustlens.report.front import ledger as claims_table
 from robustlens.report.page import write_page
 from robustlens.results.errors import InputError
 from robustlens.results.runs import Run, read_runs
 from robustlens.results.seal import SEAL
 from robustlens.results.store import RunDirectory, write_atomically
-from robustlens.results.verdict import Beside, decide
+from robustlens.results.verdict import Beside, Entry, decide
 from robustlens.studies.config import make_study, write_study
 from robustlens.studies.run import run_study
 from robustlens.studies.watch import StudyWatch
@@ -33,13 +35,20 @@ AGREEMENT = {"supported": "agrees", "contradicted": "differs", "undecided": "und
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of a recipe: its rows, its runs, and everything needed to get them again."""
+    """What came of a recipe: its rows, the claims that were judged, its runs, and what is needed to get them again."""
 
     recipe: Recipe
     scale: Scale
     rows: tuple[Beside, ...]
+    entries: tuple[Entry, ...]
     runs: tuple[RunDirectory, ...]
     record: dict[str, Any]
+
+    @property
+    def front(self) -> list[Front]:
+        """The paper's numbers beside ours, and its claims, where there are some."""
+        numbers = [beside(self.rows, self.recipe.what)] if self.rows else []
+        return numbers + ([claims_table(self.entries)] if self.entries else [])
 
     @property
     def lenses(self) -> set[str]:
@@ -109,7 +118,12 @@ def reproduce(
         "differs": recipe.differs,
         "rows": [asdict(row) for row in rows],
     }
-    return Reproduction(recipe, scale, rows, tuple(run for group in groups for run in group), record)
+    entries = tuple(
+        entry
+        for entry in ledger([run for group in runs for run in group])
+        if recipe.paper.startswith(entry.paper.removeprefix("ours, after ")) and entry.judgement != "not run"
+    )
+    return Reproduction(recipe, scale, rows, entries, tuple(run for group in groups for run in group), record)
 
 
 def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
@@ -135,7 +149,7 @@ def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     at some kilobytes each: enough to judge claims by. The summary of everything kept there is written anew beside it.
     """
     name = f"{found.recipe.name}-{found.scale}"
-    page = write_page(found.runs, out / f"{name}.html", title=name, front=[beside(found.rows, found.recipe.what)])
+    page = write_page(found.runs, out / f"{name}.html", title=name, front=found.front)
     for place in (out, keep):
         if place is not None:
             text = json.dumps(found.record, indent=1, ensure_ascii=False) + "\n"

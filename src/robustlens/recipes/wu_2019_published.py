@@ -57,7 +57,7 @@ RECIPES: tuple[Recipe, ...] = (
         name="003-published-networks",
         paper=PAPER,
         what="Table 1, MNIST-CNN, on the authors' own networks: their attack beside AutoAttack-standard and the health "
-        "checks, and margins.",
+        "checks, and margins",
         networks=published,
         printed=PUBLISHED_ROWS,
         expects={
