@@ -45,7 +45,7 @@ def net(*, across: bool) -> nn.Module:
 def cases() -> Iterator[tuple[str, Recipe, TrainingConfig]]:
     """Every discovered part alone, and what needs more than one of them.
 
-    Of 44 images the last batch has 4, of 16 for the validation 5 are seen: two processes have 3 and 2 of them.
+    Of the images for the validation 5 are seen: two processes have 3 and 2 of them.
     """
     plain = config(
         epochs=2, optimizer={"name": "sgd", "lr": 0.05, "momentum": 0.9}, validate_every=2, validation_examples=5
@@ -80,9 +80,13 @@ def examples(kind: str) -> list[Any]:
     return [example for cls in discover(kind).values() for example in cls.examples()]
 
 
-def carry_out(case: str, recipe: Recipe, settings: TrainingConfig, place: Path, world: World) -> None:
-    """Train it; on two of the four classes, and a single logit, where the method asks for that."""
-    splits = small_splits(44)
+def carry_out(case: str, recipe: Recipe, settings: TrainingConfig, place: Path, world: World, *, batch: int) -> None:
+    """Train it in batches of ``batch``, of which the last of the epoch is half as large.
+
+    On two of the four classes, and a single logit, where the method asks for that.
+    """
+    settings = settings.model_copy(update={"batch_size": batch})
+    splits = small_splits(5 * batch + batch // 2)
     splits = Splits(splits.name, *map(double, (splits.train, splits.valid, splits.test)), classes=splits.classes)
     model = fresh(lambda: net(across=case.startswith("across")))
     attack = PGD(threat=Lp("linf", 0.02), steps=2)
@@ -99,14 +103,14 @@ def double(split: Split) -> Split:
     return Split(split.images.double(), split.labels)
 
 
-def main(root: Path, rank: int) -> None:
-    """Be the process ``rank`` of all cases."""
+def main(root: Path, rank: int, batch: int) -> None:
+    """Be the process ``rank`` of all cases, in batches of ``batch``."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=PROCESSES)
     for case, recipe, settings in cases():
-        carry_out(case, recipe, settings, root, joined())
+        carry_out(case, recipe, settings, root, joined(), batch=batch)
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

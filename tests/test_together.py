@@ -1,4 +1,4 @@
-"""Two processes with 4 images each are one process with 8."""
+"""Two processes with 4 images each are one process with 8; in the slow set, 64 and 128."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ pytestmark = pytest.mark.xdist_group("together")
 CASES = {case: (recipe, settings) for case, recipe, settings in cases()}
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, trained by two processes."""
-    root = tmp_path_factory.mktemp("shared")
-    commands = [[sys.executable, shared_runs.__file__, str(root), str(rank)] for rank in range(PROCESSES)]
+@pytest.fixture(scope="module", params=[8, pytest.param(128, marks=pytest.mark.slow)])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """The size of a batch, and where two processes trained every case with it."""
+    root, batch = tmp_path_factory.mktemp("shared"), request.param
+    commands = [[sys.executable, shared_runs.__file__, str(root), str(rank), str(batch)] for rank in range(PROCESSES)]
     here = Path(shared_runs.__file__).parent
     working = [subprocess.Popen(each, stderr=subprocess.PIPE, text=True, cwd=here) for each in commands]
-    said = [process.communicate(timeout=300)[1] for process in working]
+    said = [process.communicate(timeout=1800)[1] for process in working]
     assert [process.returncode for process in working] == [0] * PROCESSES, said
-    return root
+    return batch, root
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_what_one_trains(case: str, shared: Path, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_trains(case: str, shared: tuple[int, Path], tmp_path: Path) -> None:
     """To 1e-10, with random starts, dropout, augmentation and BatchNorm over the whole batch too."""
-    carry_out(case, *CASES[case], tmp_path, World())
+    batch, root = shared
+    carry_out(case, *CASES[case], tmp_path, World(), batch=batch)
     for name in ("last", "best"):
-        alone, both = (load_file(place / case / f"{name}.safetensors") for place in (tmp_path, shared))
+        alone, both = (load_file(place / case / f"{name}.safetensors") for place in (tmp_path, root))
         for key, value in alone.items():
             torch.testing.assert_close(both[key], value, rtol=1e-10, atol=1e-10)
-    alone, both = (RunDirectory(place / case).metrics() for place in (tmp_path, shared))
+    alone, both = (RunDirectory(place / case).metrics() for place in (tmp_path, root))
     for one, other in zip(alone, both, strict=True):
         assert other.keys() == one.keys()
         for key in one.keys() - {"seconds"}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -181,30 +182,28 @@ def audit(
     device: Device = "auto",
 ) -> None:
     """Look inside a network of your own, on data of your own."""
+    from robustlens.core.world import joined, together
     from robustlens.report.page import write_page
     from robustlens.show import Show, expectation, table
-    from robustlens.studies.audit import audit as look
+    from robustlens.studies.audit import audit as run_audit
     from robustlens.studies.audit import estimate, open_model, open_splits
     from robustlens.studies.require import Requirement, check_requirements
 
     requirements = [Requirement.parse(text) for text in require or ()]
     splits = open_splits(data, examples=examples)
     network = open_model(model, splits, threat=threat, weights=weights, mean=mean, std=std)
-    if depth is Depth.full or standard:
-        seconds = estimate(network, splits, threat=threat, depth=depth.value, standard=standard, device=device)
-        expectation(console, seconds)
-    with Show(console) as show:
-        run = look(
-            network,
-            splits,
-            threat=threat,
-            label=model,
-            depth=depth.value,
-            standard=standard,
-            out=out,
-            device=device,
-            watch=show,
+    with together(device) as place:
+        look = partial(
+            run_audit, network, splits, threat=threat, label=model, depth=depth.value, standard=standard, out=out
         )
+        if not joined().leads:
+            look(device=place)
+            return
+        if depth is Depth.full or standard:
+            seconds = estimate(network, splits, threat=threat, depth=depth.value, standard=standard, device=place)
+            expectation(console, seconds)
+        with Show(console) as show:
+            run = look(device=place, watch=show)
     table(console, [run])
     _say_page(write_page([run], run.path / "report.html", title=f"Audit of {model}"))
     check_requirements(requirements, run.readings())

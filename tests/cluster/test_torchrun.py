@@ -74,6 +74,35 @@ def test_two_processes_train_and_look_as_one_does(file: Path, tmp_path: Path) ->
         assert readings(run) == readings(alone[label]) and len(run.readings()) == len(LENSES)
 
 
+AUDIT = """
+import sys
+import torch
+from robustlens.core.discovery import discover
+from robustlens.core.world import joined, together
+from robustlens.data.config import DataConfig
+from robustlens.data.sources import load
+from robustlens.studies.audit import audit
+
+LENSES = [{"name": "accuracy", "pictures": 0}, "logit-margins", "layer-spectra", %s]
+with together("cpu") as device:
+    splits = load(DataConfig(source="digits", train=100, valid=40, test=40))
+    torch.manual_seed(joined().rank)  # whoever leads has the network
+    model = discover("model")["mlp"](hidden=16).build(splits.shape, len(splits.classes))
+    audit(model, splits, threat="linf:0.1", lenses=LENSES, out=sys.argv[1], device=device)
+"""
+
+
+def test_an_audit_is_shared_out_and_all_look_at_one_network(tmp_path: Path) -> None:
+    script = tmp_path / "look.py"
+    script.write_text(AUDIT % STANDARD)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for how, out in (([], "alone"), (torchrun, "both")):
+        subprocess.run([sys.executable, *how, str(script), str(tmp_path / out)], check=True, timeout=240)
+    (alone,), (both,) = (find_runs([tmp_path / out]) for out in ("alone", "both"))
+    assert alone.path.name == both.path.name and readings(alone) == readings(both) and len(readings(both)) == 4
+    assert (alone.path / "robustbench.json").read_bytes() == (both.path / "robustbench.json").read_bytes()
+
+
 def test_killed_with_its_processes_it_goes_on(file: Path, tmp_path: Path) -> None:
     slowly = ("--set", "training.epochs=60", "--set", "training.checkpoint_seconds=0", "--set", "validation.name=fgsm")
     out = tmp_path / "runs"

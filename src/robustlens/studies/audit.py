@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robustlens.core import discovery
 from robustlens.core.rng import generator
 from robustlens.core.types import Lens, Splits, Subject
+from robustlens.core.world import joined
 from robustlens.data.arrays import from_arrays
 from robustlens.data.config import DataConfig
 from robustlens.data.embedded import EMBEDDED
@@ -28,7 +29,7 @@ from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
-from robustlens.studies.examine import examine
+from robustlens.studies.examine import examine, takes_part
 from robustlens.studies.plan import run_directory
 from robustlens.studies.robustbench import robustbench_record
 from robustlens.studies.run import pick_device, provenance
@@ -53,6 +54,8 @@ def audit(
     watch: StudyWatch | None = None,
 ) -> RunDirectory:
     """Look at ``model`` through ``lenses`` and return the run directory with the readings.
+
+    Processes that torchrun started (``core.world.together``) share the lenses, and look at the leader's weights.
 
     Args:
         model: maps images in [0, 1] (B, C, H, W) to logits (B, K); its normalization lives inside it. A
@@ -115,7 +118,8 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 def _looked(
     subject: Subject, chosen: Sequence[Lens], label: str, out: Path, seed: int, watch: StudyWatch
 ) -> RunDirectory:
-    model, splits = subject.model.eval(), subject.splits
+    model, splits, world = subject.model.eval(), subject.splits, joined()
+    world.same(model)
     settings = {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "weights": fingerprint(model),
@@ -126,17 +130,20 @@ def _looked(
     }
     address = digest(settings)
     directory = run_directory(out, label, seed, address)
-    with directory.lock():
-        record = {"label": label, "study": "audit", "hash": address, "seed": seed, "config": settings}
-        directory.write_json("run.json", {**record, "provenance": provenance(splits, subject.device), "finished": True})
+    with directory.lock() if world.leads else nullcontext():
+        if world.leads:
+            record = {"label": label, "study": "audit", "hash": address, "seed": seed, "config": settings}
+            now = provenance(splits, subject.device)
+            directory.write_json("run.json", {**record, "provenance": now, "finished": True})
         for piece, lens in enumerate(chosen):
-            watch.begin(piece, len(chosen), label, lens.name)
-            _, already = examine(lens, subject, directory, seed=seed, facts={}, watch=watch)
-            watch.done(label, lens.name, already=already)
-        if isinstance(subject.threat, Lp):
-            architecture = _architecture(model)
+            if takes_part(lens, piece):
+                watch.begin(piece, len(chosen), label, lens.name)
+                _, already = examine(lens, subject, directory, seed=seed, facts={}, watch=watch)
+                watch.done(label, lens.name, already=already)
+        world.wait()
+        if isinstance(subject.threat, Lp) and world.leads:
             found = robustbench_record(
-                directory.readings(), dataset=splits.name, architecture=architecture, threat=subject.threat
+                directory.readings(), dataset=splits.name, architecture=_architecture(model), threat=subject.threat
             )
             write_atomically(directory.path / "robustbench.json", json.dumps(found, indent=2).encode())
     return directory

@@ -72,6 +72,12 @@ def examine(
     return reading, False
 
 
+def takes_part(lens: Lens, number: int) -> bool:
+    """Whether this process looks through the ``number``-th lens: they are dealt out, but resumable ones are for all."""
+    world = joined()
+    return isinstance(lens, Resumable) or number % world.size == world.rank
+
+
 def _reading_path(lens: Lens, subject: Subject, directory: RunDirectory, seed: int, facts: dict[str, Any]) -> Path:
     settings = {"lens": describe(lens), "threat": str(subject.threat), "seed": seed, **facts}
     return directory.reading_path(lens.name, settings)

@@ -18,7 +18,7 @@ from robustlens.attacks.verify import evaluate
 from robustlens.core.discovery import build
 from robustlens.core.modes import lay_channels_last
 from robustlens.core.rng import derive, generator
-from robustlens.core.types import Augmentation, Batch, Moment, Resumable, Splits, Subject
+from robustlens.core.types import Augmentation, Batch, Moment, Splits, Subject
 from robustlens.core.world import joined
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
@@ -26,7 +26,7 @@ from robustlens.results.errors import InputError, RobustlensError
 from robustlens.results.mirror import Mirror, connect, is_remote, scratch
 from robustlens.results.store import RunDirectory
 from robustlens.studies.config import StudyConfig
-from robustlens.studies.examine import examine, examine_epochs
+from robustlens.studies.examine import examine, examine_epochs, takes_part
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.studies.tracking import Tracker, find_trackers, study_log
 from robustlens.studies.watch import SilentStudy, StudyWatch, Watches
@@ -113,7 +113,7 @@ def carry_out(
         RunInUse: another process works in the run directory.
         TrainingStopped, InputError: as of ``run_study``.
     """
-    run, each, world = plan.runs[number], 1 + len(plan.lenses), joined()
+    run, each = plan.runs[number], 1 + len(plan.lenses)
     with opened(run, plan.study, out, owner) as (directory, pushing):
         watch = Watches(*(make(run, directory.path) for make in trackers), *pushing, watch)
         what = "training"
@@ -122,7 +122,7 @@ def carry_out(
             model = trained(run, splits, directory, plan, watch, out=directory.path.parents[1])
             subject = Subject(model, splits, run.threat, splits.test.labels.device)
             for k, scheduled in enumerate(plan.lenses, start=1):
-                if k % world.size != world.rank and not isinstance(scheduled.lens, Resumable):
+                if not takes_part(scheduled.lens, k):
                     continue
                 what = scheduled.name
                 watch.begin(number * each + k, len(plan.runs) * each, run.label, what)
@@ -132,7 +132,7 @@ def carry_out(
                     facts = {"weights": plan.study.weights}
                     _, already = examine(scheduled.lens, subject, directory, seed=run.seed, facts=facts, watch=watch)
                 watch.done(run.label, what, already=already)
-            world.wait()
+            joined().wait()
         except RobustlensError as error:
             watch.failed(run.label, what, str(error))
             raise
