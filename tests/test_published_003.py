@@ -43,6 +43,12 @@ def test_orthogonality_of_the_published_weights(which: str, total: float, double
     assert beta_term(model, 2e-3) == pytest.approx(doubled, abs=5e-5)
 
 
+def test_the_rows_of_the_last_layer_are_not_normalised() -> None:
+    """β alone holds their norms near 1: they are 1.17 to 1.36, and nothing sets them to 1."""
+    norms = published("amr").fc3.weight.detach().norm(dim=1)
+    assert [float(norms.min()), float(norms.max())] == pytest.approx([1.1703, 1.3571], abs=1e-4)
+
+
 def test_lipschitz_regularization_reached_the_floor_of_its_tall_layer() -> None:
     """conv1 alone has 23.04 of the LCR network's 23.146 as printed, of which 23 cannot be removed."""
     weight = published("lcr").conv1.weight.detach().flatten(1)
