@@ -128,6 +128,14 @@ def test_pictures_stand_below_each_other_and_doubts_are_kept() -> None:
     assert gallery.captions == ("epoch 1: digit", "epoch 5: digit")
     assert gallery.images[:, 0, 0, 0, 0].tolist() == [1, 2]
     assert over.outcome == Outcome.unreliable("after epoch 5: gradients vanish")
+    assert over.says == "Over epochs 1, 5: distance 1 → 2."
+
+
+def test_what_many_epochs_say_is_short_and_in_the_units_of_the_page() -> None:
+    marks = range(1, 15)
+    gaps = [Reading("seen", "", Outcome(), (Quantity("gap", -0.01 * e, "fraction"),), ("gap",)) for e in marks]
+    over = side_by_side(schedule({"name": "logit-margins", "when": "epochs:1,14"}), list(zip(marks, gaps, strict=True)))
+    assert over.says == "Over 14 epochs from 1 to 14: gap −1.0 % → −14.0 %."
 
 
 @pytest.mark.parametrize("when", ["epochs:", "epochs:0", "epochs:1;2", "1,2", "epochs:1,2x", 3, "never"])

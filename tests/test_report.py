@@ -18,6 +18,7 @@ from fuzz.elements import Elements
 
 from robustlens.report.aggregate import common_edges, over_seeds, shares
 from robustlens.report.charts import MAX_POINTS, chart, spec
+from robustlens.report.collect import training_curves
 from robustlens.report.figures import slug, write_figures
 from robustlens.report.numbers import interval, number, seconds
 from robustlens.report.page import write_page
@@ -257,6 +258,22 @@ def test_curves_of_seeds_become_a_mean_with_their_range() -> None:
     grids = [(s, Heatmap("h", "x", "y", np.zeros(1), np.zeros(1), np.full((1, 1), s))) for s in (4, 2)]
     shown, note = over_seeds(grids)
     assert isinstance(shown, Heatmap) and shown.z[0, 0] == 2 and "seed 2" in note
+
+
+def test_epochs_recorded_now_and_then_have_their_time_and_their_axis(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "A", 0)
+    marks = [1, 2, 5, 10, 1000]
+    run.write_metrics([{"epoch": mark, "loss": 1.0, "seconds": 3.0} for mark in marks])
+    found = {group.title: group.by_method["A"][0][1] for group in training_curves(load([run]))}
+    time = found["Time per epoch"]
+    assert isinstance(time, Curve)
+    np.testing.assert_allclose(time.series[0].y, [3, 3, 1, 0.6, 3 / 990])
+
+    def scale(*x: float) -> str:
+        drawn = spec(chart({"A": Curve("c", "epoch", "y", (Series("s", np.array(x), np.ones(len(x))),))}))
+        return str(drawn["layer"][0]["encoding"]["x"]["scale"]["type"])
+
+    assert scale(*marks) == "log" and scale(*range(1, 200)) == "linear" and scale(0, *marks) == "linear"
 
 
 def test_histograms_keep_their_mass_on_other_bins() -> None:

@@ -143,7 +143,8 @@ def _curves(panels: Mapping[str, Curve], colours: Mapping[str, str], legend: boo
     percent = first.y_range == (0.0, 1.0) and bool(_SHARE.search(first.y_label))
     style = ".1%" if percent else ".4~g"
     axis = alt.Axis(format="%") if percent else _y_axis(first, rows)
-    x = alt.X("x:Q", title=first.x_label, scale=alt.Scale(zero=False, nice=False), axis=_x_axis(panels))
+    across = alt.Scale(type="log" if _by_factors(panels) else "linear", zero=False, nice=False)
+    x = alt.X("x:Q", title=first.x_label, scale=across, axis=_x_axis(panels))
     y = alt.Y("y:Q", title=first.y_label, scale=_y_scale(first, rows), axis=axis)
     facet = len(names) > 3
     dash = alt.Undefined
@@ -172,6 +173,12 @@ def _curves(panels: Mapping[str, Curve], colours: Mapping[str, str], legend: boo
         return alt.layer(*layers, data=data).properties(width="container" if not legend else 460, height=240)
     drawn = alt.layer(*layers, data=data).properties(width=300, height=170)
     return drawn.facet(facet=alt.Facet("series:N", sort=names), columns=2 if len(names) <= 4 else 3)
+
+
+def _by_factors(panels: Mapping[str, Curve]) -> bool:
+    """Whether half of all points would stick together in a twentieth of a linear axis, as of epochs 1, 2, 5, 10, …"""
+    values = np.concatenate([s.x for p in panels.values() for s in p.series] or [np.zeros(1)])
+    return bool(np.all(values > 0) and np.all(np.isfinite(values)) and 20 * np.median(values) < values.max())
 
 
 def _x_axis(panels: Mapping[str, Curve]) -> alt.Axis:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from robustlens.results.panels import Curve, Panel, Series, column
 from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, methods, seedless
@@ -122,7 +124,10 @@ def _line(run: Run, key: str, name: str) -> Series:
         for i, record in enumerate(run.metrics)
         if _number(record.get(key))
     ]
-    return Series(name, column([x for x, _ in points]), column([y for _, y in points]))
+    x, y = (column([point[end] for point in points]) for end in (0, 1))
+    if key == "seconds":  # of all epochs since the record before
+        y = y / np.maximum(np.diff(x, prepend=0.0), 1.0)
+    return Series(name, x, y)
 
 
 def _number(value: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from robustlens.core import discovery
 from robustlens.core.types import Lens
+from robustlens.report.numbers import number
 from robustlens.results.errors import InputError
 from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -60,7 +61,8 @@ def side_by_side(scheduled: Scheduled, found: Sequence[tuple[int, Reading]]) -> 
     first, last = found[0][1], found[-1][1]
     names = list(dict.fromkeys(name for _, reading in found for name in reading.headline))
     spans = [f"{name} {_brief(first, name)} → {_brief(last, name)}" for name in names]
-    epochs = f"epochs {', '.join(str(epoch) for epoch, _ in found)}"
+    marks = [str(epoch) for epoch, _ in found]
+    epochs = f"epochs {', '.join(marks)}" if len(marks) <= 6 else f"{len(marks)} epochs from {marks[0]} to {marks[-1]}"
     troubled = [f"after epoch {e}: {r.outcome.why}" for e, r in found if r.outcome.status != "ok"]
     return Reading(
         lens=scheduled.name,
@@ -82,7 +84,7 @@ def _quantity(reading: Reading, name: str) -> Quantity | None:
 
 def _brief(reading: Reading, name: str) -> str:
     quantity = _quantity(reading, name)
-    return "nothing" if quantity is None else f"{quantity.value:.4g}{quantity.unit and ' '}{quantity.unit}"
+    return "nothing" if quantity is None else number(quantity.value, quantity.unit)
 
 
 def _curves(names: Sequence[str], found: Sequence[tuple[int, Reading]]) -> list[Panel]:
