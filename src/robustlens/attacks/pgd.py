@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.attacks.losses import RELATIVE, LossName, attack_loss
 from robustlens.core.criterion import logit_margin
+from robustlens.core.denormals import drop_denormals
 from robustlens.core.passes import Passes
 from robustlens.core.rng import drawn
 from robustlens.core.types import Threat
@@ -161,6 +162,8 @@ class PGD:
             point = point.detach().requires_grad_()
             with torch.enable_grad():
                 logits = model(point)
+                if isinstance(threat, Lp) and threat.norm != "linf" and self.grad_floor >= 1e-20:  # moves nothing
+                    drop_denormals(logits)
                 if self.targeted:
                     target = _wrong_class(logits, y, gen) if target is None else target
                     loss = -self._loss(logits, target, clean).sum()

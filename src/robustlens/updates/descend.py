@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, nn
 
+from robustlens.core.denormals import drop_denormals
 from robustlens.core.passes import Passes
 from robustlens.core.types import Batch, Crafted, Objective, Regularizer, Terms
 
@@ -56,6 +57,7 @@ def whole(
     if any(getattr(each, "differentiates_input", False) for each in regularizers):
         crafted = _with_leaf(crafted)
     terms = objective.loss(model, crafted)
+    drop_denormals(terms.logits)
     parts, loss = dict(terms.parts), terms.loss
     for regularizer in regularizers:
         parts[regularizer.name] = regularizer.penalty(model, crafted, terms, gen=gen)
