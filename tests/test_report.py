@@ -274,6 +274,7 @@ def test_epochs_recorded_now_and_then_have_their_time_and_their_axis(tmp_path: P
         return str(drawn["layer"][0]["encoding"]["x"]["scale"]["type"])
 
     assert scale(*marks) == "log" and scale(*range(1, 200)) == "linear" and scale(0, *marks) == "linear"
+    assert scale() == "linear" and scale(1, math.inf) == "linear"
 
 
 def test_histograms_keep_their_mass_on_other_bins() -> None:

@@ -177,8 +177,9 @@ def _curves(panels: Mapping[str, Curve], colours: Mapping[str, str], legend: boo
 
 def _by_factors(panels: Mapping[str, Curve]) -> bool:
     """Whether half of all points would stick together in a twentieth of a linear axis, as of epochs 1, 2, 5, 10, …"""
-    values = np.concatenate([s.x for p in panels.values() for s in p.series] or [np.zeros(1)])
-    return bool(np.all(values > 0) and np.all(np.isfinite(values)) and 20 * np.median(values) < values.max())
+    values = np.concatenate([np.zeros(0), *(s.x for p in panels.values() for s in p.series)])
+    usual = len(values) > 0 and bool(np.all(np.isfinite(values) & (values > 0)))
+    return usual and bool(20 * np.median(values) < values.max())
 
 
 def _x_axis(panels: Mapping[str, Curve]) -> alt.Axis:
