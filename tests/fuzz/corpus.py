@@ -60,6 +60,7 @@ RUNS: list[Any] = [
     [directory(panels=[(CURVE, {**POINTS, "y": ["a", "b"]})])],
     [directory(panels=[({**CURVE, "y_range": [1]}, POINTS)])],
     [directory(panels=[(CURVE, {name: [] for name in POINTS})])],
+    [directory(panels=[(CURVE, {**POINTS, "x": [float("-inf")] * 2})])],
     [directory(panels=[({**CURVE, "title": ["</script>"]}, POINTS)])],
     [directory(panels=[({"kind": ["curve"]}, {}), ({"kind": "pie"}, {})])],
     [directory(panels=[gallery([1, 1, 0, 0, 1], b"")])],

@@ -131,7 +131,7 @@ def _curves(panels: Mapping[str, Curve], colours: Mapping[str, str], legend: boo
     for label, panel in panels.items():
         for line in map(_thinned, panel.series):
             longest = max(longest, len(line.x))
-            ordered = ordered and not np.any(np.diff(line.x) < 0)
+            ordered = ordered and not np.any(line.x[1:] < line.x[:-1])
             columns = [_plain(line.x), _plain(line.y, first.log_y)]
             has_band = line.low is not None and line.high is not None
             banded = banded or has_band

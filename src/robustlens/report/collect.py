@@ -126,7 +126,8 @@ def _line(run: Run, key: str, name: str) -> Series:
     ]
     x, y = (column([point[end] for point in points]) for end in (0, 1))
     if key == "seconds":  # of all epochs since the record before
-        y = y / np.maximum(np.diff(x, prepend=0.0), 1.0)
+        with np.errstate(invalid="ignore"):  # of records that somebody made up; what is NaN is not drawn
+            y = y / np.maximum(np.diff(x, prepend=0.0), 1.0)
     return Series(name, x, y)
 
 
