@@ -195,14 +195,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def require_modest(path: Path, what: str) -> None:
-    """Refuse a zip archive that would fill the memory when it is unpacked.
-
-    zipfile says of a table of contents that somebody made up any of four kinds of error: BadZipFile, OSError for places
-    before the file's start, ValueError for sizes, NotImplementedError for versions of the format that do not exist.
-    """
+    """Refuse a zip archive that would fill the memory when it is unpacked."""
     try:
         members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        # All four come of made-up tables of contents: a wrong mark, places before the file's start, sizes that cannot
+        # be, and versions of the format that Python does not read.
         raise InputError(what, expected="an archive", got=_line(error), fix="Download or save it again.") from error
     size, there = sum(member.file_size for member in members), path.stat().st_size
     if size > EXPANSION * there:
