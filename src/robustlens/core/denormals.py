@@ -1,7 +1,7 @@
 """Gradients too small to matter, which cost a CPU many times what others do.
 
 Where a network is sure of its answer, the cross-entropy's gradient at the logits is as small as e⁻⁹⁰. Numbers below
-1.2·10⁻³⁸ are denormal in float32, and a convolution that goes backward over them takes up to ten times as long.
+1.2·10⁻³⁸ are denormal in float32, and a convolution that goes backward over them takes several times as long.
 """
 
 from __future__ import annotations
