@@ -74,6 +74,33 @@ def test_two_processes_train_and_look_as_one_does(file: Path, tmp_path: Path) ->
         assert readings(run) == readings(alone[label]) and len(run.readings()) == len(LENSES)
 
 
+HELD = """
+import sys
+import time
+from robustlens.core.world import joined, together
+from robustlens.results.store import RunDirectory
+from robustlens.studies.examine import held
+
+with together("cpu"):
+    directory, mine = RunDirectory(sys.argv[1]), f".tmp-{joined().rank}"
+    time.sleep(0 if joined().rank else 2)  # the leader is late
+    with held(directory):
+        directory.path.joinpath(mine).touch()
+        joined().wait()
+        assert {file.name for file in directory.path.glob(".tmp-*")} == {".tmp-0", ".tmp-1"}
+        joined().wait()
+"""
+
+
+def test_nobody_writes_before_the_leader_has_removed_what_a_killed_process_left(tmp_path: Path) -> None:
+    script, place = tmp_path / "hold.py", tmp_path / "run"
+    script.write_text(HELD)
+    place.mkdir()
+    place.joinpath(".tmp-left").touch()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([sys.executable, *torchrun, str(script), str(place)], check=True, timeout=240)
+
+
 AUDIT = """
 import sys
 import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
-from robustlens.studies.examine import examine, takes_part
+from robustlens.studies.examine import examine, held, takes_part
 from robustlens.studies.plan import run_directory
 from robustlens.studies.robustbench import robustbench_record
 from robustlens.studies.run import pick_device, provenance
@@ -130,7 +130,7 @@ def _looked(
     }
     address = digest(settings)
     directory = run_directory(out, label, seed, address)
-    with directory.lock() if world.leads else nullcontext():
+    with held(directory):
         if world.leads:
             record = {"label": label, "study": "audit", "hash": address, "seed": seed, "config": settings}
             now = provenance(splits, subject.device)

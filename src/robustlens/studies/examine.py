@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,19 @@ def examine(
     if joined().leads or not isinstance(lens, Resumable):
         directory.write_reading(path, reading)
     return reading, False
+
+
+@contextmanager
+def held(directory: RunDirectory) -> Iterator[None]:
+    """Inside, the leader holds ``directory``; nobody is inside before it has removed what a killed process left.
+
+    Raises:
+        RunInUse, InputError: as of ``RunDirectory.lock``.
+    """
+    world = joined()
+    with directory.lock() if world.leads else nullcontext():
+        world.wait()
+        yield
 
 
 def takes_part(lens: Lens, number: int) -> bool:

@@ -26,7 +26,7 @@ from robustlens.results.errors import InputError, RobustlensError
 from robustlens.results.mirror import Mirror, connect, is_remote, scratch
 from robustlens.results.store import RunDirectory
 from robustlens.studies.config import StudyConfig
-from robustlens.studies.examine import examine, examine_epochs, takes_part
+from robustlens.studies.examine import examine, examine_epochs, held, takes_part
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.studies.tracking import Tracker, find_trackers, study_log
 from robustlens.studies.watch import SilentStudy, StudyWatch, Watches
@@ -146,7 +146,7 @@ def opened(
     """The directory of ``run``, held for this process, and what mirrors it where ``out`` is remote."""
     if not is_remote(out):
         directory = directory_of(run, out, study)
-        with directory.lock() if joined().leads else nullcontext():
+        with held(directory):
             yield directory, []
         return
     home, place = scratch(str(out)), connect(str(out)).below(slug(study.name))
