@@ -25,7 +25,7 @@ from robustlens.lenses.standard import StandardAccuracy
 from robustlens.models.adapter import OneLogit, WithNormalizer, check_model, load_weights
 from robustlens.models.foreign import Program, as_module, is_foreign, open_foreign
 from robustlens.models.normalize import Normalized
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, unknown_name
 from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
@@ -205,10 +205,14 @@ def open_model(
     settings: dict[str, Any] = {"name": name, **constants}
     if ":" in name:
         settings |= {"name": "external", "source": name, "weights": None if weights is None else str(weights)}
-    elif weights is None:
-        raise InputError(f"model {name}", expected="its weights", got="none", fix="Add --weights FILE.safetensors.")
+    elif name not in (known := discovery.discover("model")):
+        unknown = unknown_name("model", name, known.keys() - {"external"})
+        fix = f"{unknown.fix} A network of your own is pkg.module:callable."
+        raise InputError(unknown.what, expected=unknown.expected, got=unknown.got, fix=fix)
     model: nn.Module = discovery.build("model", settings).build(splits.shape, len(splits.classes))
-    if ":" not in name and weights is not None:
+    if ":" not in name:
+        if weights is None:
+            raise InputError(f"model {name}", expected="its weights", got="none", fix="Add --weights FILE.safetensors.")
         load_weights(model, weights)
     return model
 
