@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from math import exp, log, sqrt
 
 import numpy as np
@@ -23,7 +26,7 @@ from robustlens.claims.evidence import (
 from robustlens.claims.ledger import Claim, claims, find_claim, ledger
 from robustlens.claims.statistics import Judge, compare, trend, value, within
 from robustlens.results.errors import InputError
-from robustlens.results.reading import Outcome
+from robustlens.results.reading import Outcome, Reading
 from robustlens.results.runs import Run
 from robustlens.results.verdict import FALLS, RISES, Entry, Statistic, Verdict, decide
 
@@ -135,6 +138,48 @@ def test_a_ratio_has_the_interval_of_its_logarithm() -> None:
     assert verdict.statistic is not None and verdict.statistic.value == pytest.approx(2.0)
     assert verdict.statistic.low == pytest.approx(exp(log(2) - half))
     assert verdict.judgement == "undecided"
+
+
+def right(bits: Sequence[int], *, split: str = "test", first: int = 0) -> Reading:
+    found = reading("accuracy", {"robust accuracy": (float(np.mean(bits)), 0.3)}, settings={"split": split})
+    index = np.arange(first, first + len(bits))
+    return replace(found, examples={"index": index, "clean": np.ones(len(bits), bool), "robust": np.array(bits, bool)})
+
+
+def test_a_difference_of_shares_is_paired_by_example() -> None:
+    """Against the 2 × 2 table of Agresti and Min, half an example added to each of its cells."""
+    a, b = [1] * 30 + [1] * 8 + [0] * 3 + [0] * 19, [1] * 30 + [0] * 8 + [1] * 3 + [0] * 19
+    ask, sides = Ask("accuracy", "robust accuracy"), {"first": is_regularized("average-margin"), "second": is_standard}
+
+    def judged(one: Reading, two: Reading) -> Statistic:
+        runs = [run("AMR", [one], regularizers=["average-margin"]), run("standard", [two])]
+        (verdict,) = compare(ask, RISES, **sides)(runs)
+        assert verdict.statistic is not None
+        return verdict.statistic
+
+    found = judged(right(a), right(b))
+    n, only_first, only_second = 62, 8.5, 3.5
+    error = sqrt(only_first + only_second - (only_first - only_second) ** 2 / n) / n
+    assert found.value == pytest.approx(5 / 60) and found.low == pytest.approx(5 / 60 - Z * error)
+    for other in (right(b, split="train"), right(b, first=1), reading("accuracy", {"robust accuracy": (0.55, 0.3)})):
+        assert judged(right(a), other).low == pytest.approx(judged(right(a), other).value - sqrt(2) * 0.3)
+    assert judged(right(a), right(a)).low == pytest.approx(-Z * sqrt(1) / n)
+
+
+def test_a_trend_of_shares_is_paired_by_example() -> None:
+    """Against the spread over the examples of each one's own line, two more of them with all eight answers."""
+    gen, eps = np.random.default_rng(0), [0.5, 1.0, 2.0]
+    bits = gen.random((3, 40)) < np.array([[0.9], [0.6], [0.4]])
+    runs = [run(f"ε {e}", [right(row.tolist())], objective=f"pgd l2:{e}") for e, row in zip(eps, bits, strict=True)]
+    (verdict,) = trend(Ask("accuracy", "robust accuracy"), FALLS, member=PGD)(runs)
+    answers = np.array(list(product([0, 1], repeat=3))).T
+    rows, share = np.hstack([bits.astype(float), answers]), np.repeat([1.0, 0.25], [40, 8])
+    own = np.polyfit(eps, rows, 1)[0] * 1.5
+    middle = np.average(own, weights=share)
+    error = sqrt(np.average((own - middle) ** 2, weights=share) / 42)
+    found = verdict.statistic
+    assert found is not None and found.high is not None
+    assert found.high - found.value == pytest.approx(Z * error)
 
 
 def test_values_and_pairs_of_the_same_networks() -> None:

@@ -130,8 +130,11 @@ def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
     assert len(slim) == 6 and all(run.readings for run in slim) and not list(kept.rglob("*.safetensors"))
     full = {run.hash: run for run in read_runs(find_runs([out]))}
     for each in slim:
-        ours, theirs = ({(r.lens, r.quantities) for r in run.readings} for run in (each, full[each.hash]))
-        assert ours == theirs
+        ours, theirs = (
+            {(r.lens, r.quantities, tuple(r.examples.get("robust", ()))) for r in run.readings}
+            for run in (each, full[each.hash])
+        )
+        assert ours == theirs and max(len(bits) for *_, bits in ours) == 20
     text = (tmp_path / "docs" / "reproduction.md").read_text()
     assert "| ε = 0.4 | test | 99.86 % |" in text and "`004-gap-grows`" in text and record["command"] in text
     figures = list((kept / "figures" / "004-table1-smoke").glob("*.svg"))

@@ -23,7 +23,7 @@ from robustlens.report.page import write_page
 from robustlens.results.errors import InputError
 from robustlens.results.runs import Run, read_runs
 from robustlens.results.seal import SEAL
-from robustlens.results.store import RunDirectory, write_atomically
+from robustlens.results.store import EXAMPLES, RunDirectory, write_atomically
 from robustlens.results.verdict import Beside, Entry, decide
 from robustlens.studies.config import make_study, write_study
 from robustlens.studies.run import run_study
@@ -175,15 +175,19 @@ def parse_seeds(text: str | None) -> list[int] | None:
 
 
 def copy_slim(run: RunDirectory, to: Path) -> None:
-    """A run's configuration, its epochs and its readings' numbers."""
+    """A run's configuration, its epochs and its readings' numbers, with the answers to the examples behind shares."""
     shutil.rmtree(to, ignore_errors=True)
     record = run.read_json("run.json")
     write_atomically(to / "run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     if (run.path / "metrics.jsonl").is_file():
         write_atomically(to / "metrics.jsonl", (run.path / "metrics.jsonl").read_bytes())
     for file in sorted((run.path / "readings").glob("[!.]*/reading.json")):
-        reading = json.loads(file.read_text()) | {"panels": [], "files": {}}
+        reading = json.loads(file.read_text())
+        kept = {name: sha256 for name, sha256 in reading["files"].items() if name == EXAMPLES}
+        reading |= {"panels": [], "files": kept}
         reading.pop(SEAL, None)
+        for name in kept:
+            write_atomically(to / "readings" / file.parent.name / name, (file.parent / name).read_bytes())
         text = json.dumps(reading, indent=1, ensure_ascii=False) + "\n"
         write_atomically(to / "readings" / file.parent.name / "reading.json", text.encode())
 

@@ -13,6 +13,10 @@ from robustlens.results.panels import Panel
 Status = Literal["ok", "unreliable", "failed"]
 
 
+#: Shares of examples, and what holds the bit of every example.
+BITS = {"clean accuracy": "clean", "robust accuracy": "robust"}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Whether a reading can be believed; ``why`` is a sentence that a non-expert understands."""
@@ -71,6 +75,10 @@ class Reading:
     panels: tuple[Panel, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
+
+    def of_each(self, quantity: str) -> NDArray[Any] | None:
+        """The bits (n,) of which the share called ``quantity`` is the mean, where they were kept."""
+        return self.examples.get(BITS.get(quantity, ""))
 
     def __getitem__(self, name: str) -> Quantity:
         """The quantity called ``name``; KeyError lists the names there are."""

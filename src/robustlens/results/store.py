@@ -36,6 +36,9 @@ from robustlens.results.panels import restore
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.seal import SEAL, UNSEALED, is_damaged, sealed
 
+#: The file of a reading that holds what was kept of every example.
+EXAMPLES = "examples.parquet"
+
 
 def digest(settings: Mapping[str, Any], *, length: int = 12) -> str:
     """Hash of plain settings: the address of whatever they define (key order does not matter)."""
@@ -193,7 +196,7 @@ class RunDirectory:
                 if columns:
                     pq.write_table(pa.table(dict(columns)), scratch / f"panel-{i}.parquet", compression="zstd")
             if reading.examples:
-                pq.write_table(pa.table(dict(reading.examples)), scratch / "examples.parquet", compression="zstd")
+                pq.write_table(pa.table(dict(reading.examples)), scratch / EXAMPLES, compression="zstd")
             record["files"] = {file.name: _sha256(file.read_bytes()) for file in sorted(scratch.iterdir())}
             (scratch / "reading.json").write_bytes(sealed(_json(record)))
             if path.exists():
@@ -243,7 +246,7 @@ def read_reading(path: Path) -> Reading:
             file = path / f"panel-{i}.parquet"
             columns = read_table(file).to_pydict() if file.is_file() else {}
             panels.append(restore(facts, columns))
-        kept = path / "examples.parquet"
+        kept = path / EXAMPLES
         table = read_table(kept) if kept.is_file() else pa.table({})
         return Reading(
             lens=record.lens,

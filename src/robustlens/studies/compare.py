@@ -11,11 +11,8 @@ import numpy as np
 
 from robustlens.results.errors import InputError
 from robustlens.results.paired import Paired
-from robustlens.results.reading import Reading
+from robustlens.results.reading import BITS, Reading
 from robustlens.results.store import RunDirectory, find_runs
-
-#: What is remembered of every example, and what it is called.
-KEPT = {"clean": "clean accuracy", "robust": "robust accuracy"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def _compared(one: Reading, other: Reading, labels: tuple[str, str]) -> list[Com
     threat = str(one.settings.get("threat", ""))
     return [
         Compared(one.lens, threat, name, labels, Paired.of(one.examples[key], other.examples[key]), " ".join(doubts))
-        for key, name in KEPT.items()
+        for name, key in BITS.items()
     ]
 
 
