@@ -183,11 +183,11 @@ def copy_slim(run: RunDirectory, to: Path) -> None:
         write_atomically(to / "metrics.jsonl", (run.path / "metrics.jsonl").read_bytes())
     for file in sorted((run.path / "readings").glob("[!.]*/reading.json")):
         reading = json.loads(file.read_text())
-        kept = {name: sha256 for name, sha256 in reading["files"].items() if name == EXAMPLES}
-        reading |= {"panels": [], "files": kept}
+        sums = {name: sha256 for name, sha256 in reading.get("files", {}).items() if name == EXAMPLES}
+        reading |= {"panels": [], "files": sums}
         reading.pop(SEAL, None)
-        for name in kept:
-            write_atomically(to / "readings" / file.parent.name / name, (file.parent / name).read_bytes())
+        if (bits := file.parent / EXAMPLES).is_file():
+            write_atomically(to / "readings" / file.parent.name / EXAMPLES, bits.read_bytes())
         text = json.dumps(reading, indent=1, ensure_ascii=False) + "\n"
         write_atomically(to / "readings" / file.parent.name / "reading.json", text.encode())
 
