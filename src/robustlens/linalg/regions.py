@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from robustlens.core.modes import evaluating
 from robustlens.linalg.frozen_convolutions import FrozenConvolutions
+from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
 from robustlens.results.errors import InputError
 
 #: Modules whose kink at 0 bounds the linear regions.
@@ -41,21 +43,46 @@ DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 Heights = Callable[[Tensor], list[Tensor]]
 
 
+class _Reached(Exception):
+    """The forward pass is where it was wanted."""
+
+
 def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """The flat input (B, units) of every call of a ReLU module in one forward pass, in order, and the logits."""
     seen: list[Tensor] = []
+    with _hooked(model, seen.append):
+        logits = model(x)
+    return seen, logits
 
-    def keep(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        seen.append(inputs[0].flatten(1))
+
+def observed_until(model: nn.Module, x: Tensor, call: int) -> Tensor:
+    """The flat input (B, units) of one call of a ReLU module, counted from 0; what comes later is not computed."""
+    seen: list[Tensor] = []
+
+    def keep(heights: Tensor) -> None:
+        seen.append(heights)
+        if len(seen) > call:
+            raise _Reached
+
+    with _hooked(model, keep), suppress(_Reached):
+        model(x)
+    return seen[call]
+
+
+@contextmanager
+def _hooked(model: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, ``keep`` is called with the flat input of every ReLU module."""
+
+    def seen(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        keep(inputs[0].flatten(1))
         return (inputs[0].clone(),) if module.inplace else None
 
-    hooks = [module.register_forward_pre_hook(keep) for module in model.modules() if isinstance(module, BENDS)]
+    hooks = [module.register_forward_pre_hook(seen) for module in model.modules() if isinstance(module, BENDS)]
     try:
-        logits = model(x)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return seen, logits
 
 
 class Bends(NamedTuple):
@@ -163,21 +190,20 @@ def slopes_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], 
 def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int) -> list[Tensor]:
     """‖∇h_j‖_q of all heights at images ``x`` (B, C, H, W), q in {1, 2, ∞}, as ``heights`` has them.
 
-    The derivative along a pixel is a column of J: ``chunk`` // B pixels at a time, C·H·W columns an image in all.
-    ``heights`` is called with copies of ``x`` one after the other, (copies · B, C, H, W).
+    A pass gives columns of J for the units of the layers whose receptive fields are small, along all pixels of a colour
+    (``linalg.receptive``), or a row of J for one unit of the others: of lenet-small's units 100 columns and 110 rows
+    instead of a column a pixel, which are 784. ``chunk`` // B passes are made at a time. ``heights`` is called with
+    copies of ``x`` one after the other, (copies · B, C, H, W).
     """
-    copies, pixels = max(1, chunk // len(x)), torch.arange(x[0].numel(), device=x.device)
+    sweep = cheapest_sweep(receptive_fields(heights, x, chunk=chunk))
+    copies = max(1, chunk // len(x))
     many = x.detach().repeat(copies, 1, 1, 1).requires_grad_()
     with torch.enable_grad(), FrozenConvolutions():
         layers = heights(many)
-        us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
-        (pulled,) = torch.autograd.grad(layers, many, us, create_graph=True)
-    sizes = [torch.zeros_like(layer[: len(x)]) for layer in layers]
-    for first in range(0, len(pixels), copies):
-        part = torch.arange(first, first + copies, device=x.device)
-        pixel = (part[:, None] == pixels).to(x.dtype).view(copies, 1, *x.shape[1:])
-        columns = torch.autograd.grad(pulled, us, pixel.expand(-1, *x.shape).reshape_as(many), retain_graph=True)
-        for size, column in zip(sizes, columns, strict=True):
+    sizes = [torch.zeros_like(layer[: len(x)]).detach() for layer in layers]
+    near, far = layers[: sweep.layers], layers[sweep.layers :]
+    for columns in _columns(near, many, sweep, copies):
+        for size, column in zip(sizes, columns, strict=False):
             slopes = column.view(copies, *size.shape)
             if q == 2:
                 size += slopes.square().sum(0)
@@ -185,7 +211,28 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int) -> list
                 size += slopes.abs().sum(0)
             else:
                 torch.maximum(size, slopes.abs().amax(0), out=size)
-    return [size.sqrt() if q == 2 else size for size in sizes]
+    for size, layer in zip(sizes[sweep.layers :], far, strict=True):
+        for first in range(0, size.shape[1], copies):
+            unit = torch.arange(first, first + copies, device=x.device)
+            chosen = (unit[:, None] == torch.arange(size.shape[1], device=x.device)).to(x.dtype)
+            (rows,) = torch.autograd.grad(layer, many, chosen.repeat_interleave(len(x), 0), retain_graph=True)
+            found = rows.flatten(1).norm(q, dim=1).view(copies, -1).T
+            size[:, first : first + copies] = found[:, : size.shape[1] - first]
+    return [size.sqrt() if q == 2 and k < sweep.layers else size for k, size in enumerate(sizes)]
+
+
+def _columns(layers: list[Tensor], many: Tensor, sweep: Sweep, copies: int) -> Iterator[tuple[Tensor, ...]]:
+    """The derivatives of ``layers`` along the pixels of each colour, ``copies`` colours at a time."""
+    if not layers:
+        return
+    us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
+    with torch.enable_grad(), FrozenConvolutions():
+        (pulled,) = torch.autograd.grad(layers, many, us, create_graph=True)
+    colour = sweep.colour.to(many.device)
+    for first in range(0, sweep.colours, copies):
+        part = torch.arange(first, first + copies, device=many.device)
+        along = (part[:, None] == colour).to(many.dtype).repeat_interleave(len(many) // copies, 0)
+        yield torch.autograd.grad(pulled, us, along.view_as(many), retain_graph=True)
 
 
 def other_pools(model: nn.Module, x: Tensor) -> bool:

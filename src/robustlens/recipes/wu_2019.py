@@ -280,7 +280,7 @@ RECIPES: tuple[Recipe, ...] = (
         studies=lambda scale: [small("mnist", scale, n=500, epochs=20)],
         printed=tuple(rows("mnist", TABLE2["mnist", "lenet-small"], ("MMR", "AMR, paper", "AMR, sound"))),
         expects={
-            "laptop": "two days of two CPU cores, nearly all of it MMR's (16 steps measured); AMR an hour",
+            "laptop": "half a day of two CPU cores, nearly all of it MMR's (2 steps measured); AMR an hour",
             "paper": "2 hours of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} MMR's published ℓ2 model has γ 0.45, λ 3. laptop: 20 epochs instead of 100 and 200, one seed.",
