@@ -101,6 +101,15 @@ def test_peers_are_optional(monkeypatch):
     assert "not installed" in row.note and row.ratio is None
 
 
+def test_what_an_attack_leaves_beside_one_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(peers, "MAKERS", {"idle": lambda bench, threat: lambda: bench.batch.x})
+    monkeypatch.setattr(peers, "RADII", ("linf:0.5", "l2:9"))
+    rows = list(peers.strength(TINY, ["idle"]))
+    cases = [row.case.partition(",")[0] for row in rows]
+    assert cases == ["PGD-2 ℓ∞ 0.5", "PGD-10 ℓ∞ 0.5", "PGD-2 ℓ2 9", "PGD-10 ℓ2 9"]
+    assert all(row.low <= row.ratio <= row.high and row.ratio <= 1 and row.n == 3 * 8 for row in rows)
+
+
 def test_variants():
     rows = variants.run(dataclasses.replace(TINY, models=("resnet18",)))
     check(rows, "variants", ratios=len(variants.CPU))
