@@ -16,7 +16,7 @@ import pytest
 from robustlens.results import store
 from robustlens.results.errors import InputError, RunInUse
 from robustlens.results.panels import PANELS, Curve, Gallery, Heatmap, Histogram, Panel, Series, Table
-from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.reading import Outcome, Quantity, Reading, spelled
 from robustlens.results.store import RunDirectory, digest, find_runs, read_reading, write_atomically
 
 PICTURES = np.random.default_rng(0).integers(0, 256, size=(2, 3, 4, 5, 3), dtype=np.uint8)
@@ -259,3 +259,22 @@ def test_digest() -> None:
     text = '{"a":1,"b":{"c":[1.5,null],"d":"\\u2113"}}'
     assert one == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert len({one, digest({"a": 2, "b": {"c": [1.5, None], "d": "ℓ"}}), digest({"a": 1}), digest({"a": "1"})}) == 4
+
+
+@pytest.mark.parametrize(
+    ("threat", "words"),
+    [
+        (f"linf:{8 / 255!r}", "linf:8/255"),
+        (f"linf:{0.5 / 255!r}", "linf:0.5/255"),
+        (f"linf:{25.5 / 255!r}", "linf:0.1"),
+        (f"linf:{51 / 255!r}", "linf:0.2"),
+        ("linf:0.0125", "linf:0.0125"),
+        ("linf:0.012345678", "linf:0.01235"),
+        (f"l2:{128 / 255!r}", "l2:0.502"),
+        ("l2:1.0", "l2:1"),
+        ("l1:12.0", "l1:12"),
+        ("rotations up to 5°", "rotations up to 5°"),
+    ],
+)
+def test_threats_are_spelled_as_people_write_them(threat: str, words: str) -> None:
+    assert spelled(threat) == words

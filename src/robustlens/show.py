@@ -15,6 +15,7 @@ from rich.table import Table
 
 from robustlens.report.front import evidence, ledger
 from robustlens.results.errors import unknown_name
+from robustlens.results.reading import spelled
 from robustlens.results.store import RunDirectory
 from robustlens.studies.watch import Lines
 
@@ -143,7 +144,7 @@ def comparison(console: Console, found: Sequence[Compared]) -> None:
     first, second = (escape(label) for label in found[0].labels)
     shown = Table("", header_style="bold")
     for each in found:
-        shown.add_column(escape(f"{each.quantity} ({each.lens}, {each.threat})"), justify="right")
+        shown.add_column(escape(f"{each.quantity} ({each.lens}, {spelled(each.threat)})"), justify="right")
     pairs = [each.paired for each in found]
     shown.add_row(first, *(number(pair.shares[0], "fraction") for pair in pairs))
     shown.add_row(second, *(number(pair.shares[1], "fraction") for pair in pairs))

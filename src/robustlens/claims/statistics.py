@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from robustlens.claims.evidence import Ask, Family, Part, describe, families, setting
-from robustlens.results.reading import Quantity, Reading
+from robustlens.results.reading import Quantity, Reading, spelled
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import Region, Statistic, Verdict, decide
 
@@ -184,7 +184,7 @@ def at_each_threat(lens: str, make: Callable[[Mapping[str, str]], Judge]) -> Jud
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         seen = {r.settings.get("threat") for run in runs for r in run.readings if r.lens == lens}
         return [
-            replace(verdict, where=f"{verdict.where}, measured at {threat}")
+            replace(verdict, where=f"{verdict.where}, measured at {spelled(threat)}")
             for threat in sorted(str(each) for each in seen if each is not None)
             for verdict in make({"threat": threat})(runs)
         ]

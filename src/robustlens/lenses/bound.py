@@ -37,7 +37,7 @@ from robustlens.linalg.segments import Walk, walk
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import bootstrap_difference
 from robustlens.results.panels import Floats, Panel, Table
-from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.reading import Outcome, Quantity, Reading, spelled
 
 FACTORS = ("factor", "value", "log10", "what it is here")
 BOUNDS = ("bound on the gap", "log10", "vacuous by a factor of 10^", "what it is here")
@@ -244,7 +244,7 @@ class GeneralizationBound:
             ("first term", log10(first), "max{0, 1 − u_min / γ}"),
             ("k", log10(cover.k), "given" if self.dimension else "estimated from neighbours"),
             ("C_X", log10(cover.constant), "given" if self.constant else "half of the largest distance seen"),
-            ("ε", log10(cover.eps), f"radius of the threat {subject.threat}"),
+            ("ε", log10(cover.eps), f"radius of the threat {spelled(str(subject.threat))}"),
             ("(C_X / ε)^k", cover.balls, "balls that cover the images"),
             ("m", log10(m), "training images"),
             ("second term", second, f"with η = {self.eta:g}"),

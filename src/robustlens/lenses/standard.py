@@ -23,7 +23,7 @@ from robustlens.lenses.passes import batches, count, draw_seed, require_split, s
 from robustlens.results.errors import require_at_least
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Panel, Series, Table
-from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.reading import Outcome, Quantity, Reading, spelled
 
 #: More than this share of all examples that only Square broke says that the gradients mislead.
 TOLERATED = 0.01
@@ -118,7 +118,7 @@ class StandardAccuracy:
             lens=self.name,
             says=(
                 f"The model gets {clean / n:.1%} of {n} images right, and at most {robust / n:.1%} within "
-                f"{subject.threat} of them, by {self._what()}."
+                f"{spelled(str(subject.threat))} of them, by {self._what()}."
             ),
             outcome=_outcome(found),
             quantities=_quantities(found, clean, robust),

@@ -17,6 +17,19 @@ Status = Literal["ok", "unreliable", "failed"]
 BITS = {"clean accuracy": "clean", "robust accuracy": "robust"}
 
 
+def spelled(threat: str) -> str:
+    """A threat as people write it: "linf:0.03137254901960784" is "linf:8/255"; four digits of any other radius."""
+    norm, _, radius = threat.partition(":")
+    try:
+        eps = float(radius)
+    except ValueError:
+        return threat  # a threat of the user's own
+    levels = 255 * eps
+    if norm == "linf" and len(radius) > len("0.0125") and abs(levels - round(levels, 1)) < 1e-9:
+        return f"{norm}:{levels:.4g}/255"
+    return f"{norm}:{eps:.4g}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Whether a reading can be believed; ``why`` is a sentence that a non-expert understands."""
