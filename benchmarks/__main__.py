@@ -113,9 +113,9 @@ def write(out: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def markdown(out: Path) -> str:
-    """Every result in ``out`` as one markdown page."""
+    """Every result of this command in ``out`` as one markdown page."""
     lines = ["# Results", "", "Written by `python -m benchmarks`; do not edit.", ""]
-    for file in sorted(out.glob("*.json")):
+    for file in sorted(file for name in NAMES for file in out.glob(f"{name}-*.json")):
         record = json.loads(file.read_text())
         layout = ", channels_last" if record["plan"]["channels_last"] else ""
         lines += [f"## {record['benchmark']}{layout}", "", describe(record["facts"]), ""]

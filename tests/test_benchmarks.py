@@ -122,6 +122,7 @@ def test_the_command_keeps_the_numbers_with_their_machine(tmp_path, monkeypatch,
         harness.Row(benchmark="step", model="m", case="d", note="not installed"),
     ]
     monkeypatch.setattr(step, "run", lambda plan: rows)
+    (tmp_path / "scaling.json").write_text("{}")  # another command's
     assert command.main(["step", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     assert "MISSED" in capsys.readouterr().out
     record = json.loads((tmp_path / "step-cpu.json").read_text())

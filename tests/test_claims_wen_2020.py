@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,20 @@ def test_accuracies_at_different_radii_are_no_trend() -> None:
     both = [Run(**{**vars(r), "readings": [o, *r.readings]}) for r, o in zip(runs, own, strict=True)]
     (verdict,) = BY_NAME[name].judge(both)
     assert verdict.where.endswith("measured at linf:0.1")
+
+
+def test_variations_of_the_loss_are_judged_at_each_size_of_a_change() -> None:
+    runs = trained("confidence", "mean loss variation at 0.025", -1.0)
+    more = [
+        replace(r, readings=[*r.readings, *(_renamed(each, "mean loss variation at 0.05") for each in r.readings)])
+        for r in runs
+    ]
+    places = [verdict.where.partition("measured at ")[2] for verdict in BY_NAME["loss-variation-falls"].judge(more)]
+    assert places == ["linf:0.1, changes of 0.025", "linf:0.1, changes of 0.05"]
+
+
+def _renamed(found: Reading, name: str) -> Reading:
+    return replace(found, quantities=tuple(replace(q, name=name) for q in found.quantities))
 
 
 def _at(of: Run, found: Reading) -> Reading:

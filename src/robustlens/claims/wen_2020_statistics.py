@@ -90,7 +90,11 @@ def at_each_radius(measure: str, region: Region, member: Part) -> Judge:
     def judge(runs: Sequence[Run]) -> list[Verdict]:
         quantities = [q for run in runs for r in run.readings if r.lens == "confidence" for q in r.quantities]
         names = sorted({q.name for q in quantities if q.name.startswith(f"{measure} at ")})
-        return [v for name in names for v in at_each_threat("confidence", partial(fitted, name))(runs)]
+        return [
+            replace(verdict, where=f"{verdict.where}, changes of {name.rpartition(' at ')[2]}")
+            for name in names
+            for verdict in at_each_threat("confidence", partial(fitted, name))(runs)
+        ]
 
     def fitted(name: str, at: Mapping[str, str]) -> Judge:
         return trend(Ask("confidence", name, at), region, member=member, least=TRAINED)
