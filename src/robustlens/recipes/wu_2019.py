@@ -324,7 +324,7 @@ RECIPES: tuple[Recipe, ...] = (
             ),
         ),
         expects={
-            "laptop": "an hour of two CPU cores (estimated)",
+            "laptop": "four hours of one core, an hour and a half of them MMR's (2 steps measured)",
             "paper": "a day of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} Deep Defense's settings for CIFAR-10 were not published: those of MNIST. laptop: 5,000 "
