@@ -182,6 +182,50 @@ def test_a_trend_of_shares_is_paired_by_example() -> None:
     assert found.high - found.value == pytest.approx(Z * error)
 
 
+def distances(values: Sequence[float], split: str = "test", suffix: str = "") -> Reading:
+    name = f"average margin, {split}{suffix}"
+    examples = {f"index, {split}{suffix}": np.arange(len(values)), name: np.array(values)}
+    return replace(reading("boundary-distance", {name: (float(np.mean(values)), 0.5)}), examples=examples)
+
+
+def test_means_of_the_same_examples_are_paired() -> None:
+    gen = np.random.default_rng(1)
+    hard = gen.gamma(2.0, size=50)
+    a, b = 1.5 * hard + gen.normal(size=50) / 10, hard
+    sides = {"first": is_regularized("average-margin"), "second": is_standard}
+    runs = [run("AMR", [distances(a.tolist())], regularizers=["average-margin"]), run("std", [distances(b.tolist())])]
+    ask = Ask("boundary-distance", "average margin, test")
+    (difference,), (ratio,) = (compare(ask, RISES, ratio=r, **sides)(runs) for r in (False, True))
+    assert difference.statistic is not None and ratio.statistic is not None
+    half = Z * (a - b).std(ddof=1) / sqrt(50)
+    assert difference.statistic.high == pytest.approx((a - b).mean() + half)
+    each = a / a.mean() - b / b.mean()
+    top = log(a.mean() / b.mean()) + Z * each.std(ddof=1) / sqrt(50)
+    assert ratio.statistic.high == pytest.approx(exp(top))
+
+
+def test_epochs_are_paired_and_splits_are_not() -> None:
+    gen = np.random.default_rng(2)
+    first, last = gen.random(30), gen.random(30)
+    parts = [distances(first.tolist(), "train", ", epoch 1"), distances(last.tolist(), "train", ", epoch 20")]
+    over = Reading(
+        "boundary-distance over epochs",
+        "",
+        quantities=tuple(q for part in parts for q in part.quantities),
+        examples={name: values for part in parts for name, values in part.examples.items()},
+    )
+    ask = AtEpoch("boundary-distance", "average margin, train", pick="last")
+    (verdict,) = within(ask, replace(ask, pick="first"), FALLS, member=is_standard)([run("std", [over])])
+    assert verdict.statistic is not None
+    half = Z * (last - first).std(ddof=1) / sqrt(30)
+    assert verdict.statistic.high == pytest.approx((last - first).mean() + half)
+    both = [run("std", [distances(first.tolist(), "train"), distances(last.tolist(), "test")])]
+    asks = (Ask("boundary-distance", f"average margin, {split}") for split in ("train", "test"))
+    (verdict,) = within(*asks, FALLS, member=is_standard)(both)
+    assert verdict.statistic is not None and verdict.statistic.high is not None
+    assert verdict.statistic.high == pytest.approx(verdict.statistic.value + sqrt(2) * 0.5)
+
+
 def test_values_and_pairs_of_the_same_networks() -> None:
     runs = [run("standard", [reading("gap", {"loss": (2.0, 0.1), "other": (1.0, 0.1)})])]
     (one,) = value(LOSS, (1.5, 2.5), member=is_standard)(runs)

@@ -77,6 +77,18 @@ def test_curves_run_over_the_epochs(run: RunDirectory) -> None:
     assert "logit margins over epochs" in page
 
 
+def test_what_is_kept_of_examples_is_kept_of_every_epoch(tmp_path: Path) -> None:
+    lens = {"name": "boundary-distance", "n_examples": 10, "steps": 3, "when": "epochs:1,2"}
+    (run,) = run_study(study([lens, {"name": "accuracy", "n_examples": 20, "when": "epochs:2"}], epochs=2), tmp_path)
+    for name, n in (("boundary-distance", 10), ("accuracy", 20)):
+        over = reading(run, f"{name} over epochs")
+        measure = "average margin, train" if n == 10 else "robust accuracy"
+        for epoch in (1, 2) if n == 10 else (2,):
+            quantity = over[f"{measure}, epoch {epoch}"]
+            each = over.of_each(quantity.name)
+            assert each is not None and len(each.places) == n and each.values.mean() == pytest.approx(quantity.value)
+
+
 def test_scheduling_a_lens_trains_nothing_else(run: RunDirectory) -> None:
     """The weights, and the run's address, are those of a study without the lens."""
     plain, scheduled = (make_plan(study(lenses)).runs[0].hash for lenses in (["logit-margins"], [MARGINS]))

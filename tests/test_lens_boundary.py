@@ -144,7 +144,9 @@ def test_of_a_linear_model_all_three_are_the_distance(norm: str, monkeypatch: py
     leads = leads.gather(1, top[:, None]) - leads
     sizes = (weight[top][:, None] - weight).norm(p=1 if norm == "linf" else 2, dim=2)
     truth = (leads / sizes).nan_to_num(nan=torch.inf).amin(1).numpy()
-    BoundaryDistance().look(look_at, gen=gen())
+    kept = BoundaryDistance().look(look_at, gen=gen()).of_each("average margin, train")
+    assert kept is not None and sorted(kept.places.tolist()) == list(range(20))
+    assert np.allclose(kept.values, truth[kept.places], rtol=1e-4)
     for values, tolerance in ((seen[0].lower, 1e-9), (seen[0].upper, 1e-4), (seen[0].estimate, 1e-4)):
         assert np.allclose(values, truth, rtol=tolerance, atol=1e-7)
 
@@ -185,6 +187,8 @@ def test_failed_attacks_are_counted_and_never_zero() -> None:
     assert reading["failed attacks, test"].value == 4 and reading["failed attacks, test"].n == 7
     average = reading["average margin, test"]
     assert average.n == 3 and average.value == pytest.approx((0.3 + 0.2 + 0.1) / 3, abs=1e-4)
+    assert reading.of_each(average.name) is None, "not of the same images as another network's"
+    assert reading.of_each("estimated average margin, test") is not None
     assert reading.outcome.status == "unreliable" and "57%" in reading.outcome.why
     assert reading.panels[0].counts["test"].sum() == 3
     curve = reading.panels[2].series[0]

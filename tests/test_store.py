@@ -278,3 +278,14 @@ def test_digest() -> None:
 )
 def test_threats_are_spelled_as_people_write_them(threat: str, words: str) -> None:
     assert spelled(threat) == words
+
+
+def test_examples_of_splits_of_different_size_come_back(tmp_path: Path) -> None:
+    kept = {"index, test": np.arange(3), "d, test": np.array([0.5, np.nan, 1]), "index, train": np.arange(2)}
+    bits = {"robust": np.array([True]), "index": np.array([7])}
+    RunDirectory(tmp_path).write_reading(tmp_path / "r", Reading("lens", "", examples={**kept, **bits}))
+    found = read_reading(tmp_path / "r").examples
+    for name, values in {**kept, **bits}.items():
+        assert found[name].dtype == values.dtype and np.array_equal(
+            found[name], values, equal_nan=values.dtype == float
+        )

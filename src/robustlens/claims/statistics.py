@@ -3,7 +3,7 @@
 Each returns ``judge(runs) -> [Verdict, …]``, one verdict for each setting that the runs offer.
 
 A linear statistic v = Σ_j w_j q_j of quantities q_j has the standard error √(Σ w_j² se_j²) over examples, where se_j is
-what the quantity's own interval says. Shares of the very same examples, whose answers b_ij were kept, are paired: the
+what the quantity's own interval says. Means over the very same examples, whose values b_ij were kept, are paired: the
 error is that of the mean of Σ_j w_j b_ij over the examples i, because what is hard for one network is hard for another.
 The error is not divided by the number of seeds, because all networks of a setting see the same examples. An exact
 quantity (a margin over all training images, say) has no such error: with one seed it speaks of one network, as the
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, hypot, log, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,37 +65,34 @@ def linear(weights: Sequence[float], found: Sequence[Found]) -> Sample:
     errors = [error_of(quantity) for quantity, _ in found]
     error = None if None in errors else sqrt(sum((w * (e or 0.0)) ** 2 for w, e in zip(weights, errors, strict=True)))
     together = _same_examples(found)
-    if together is not None and len(found) > 1:
+    if together is not None:
         error = paired_error(weights, together)
     return Sample(value, error, _least(found), trouble_of(found))
 
 
-def paired_error(weights: Sequence[float], bits: Sequence[NDArray[np.bool_]]) -> float:
-    """Standard error of Σ_j w_j mean_i b_ij, from the bits (n,) of the same n examples.
+def paired_error(weights: Sequence[float], values: Sequence[NDArray[Any]]) -> float:
+    """Standard error of Σ_j w_j mean_i b_ij, from the ``values`` b_ij (n,) of the same n examples.
 
-    With two examples added that are spread evenly over all 2^m answers, so that it is not zero where all agree. For a
-    difference that is Agresti and Min 2005, Statistics in Medicine 24, 729–740: half an example in each cell.
+    For answers, which are bits, two examples are added that are spread evenly over all 2^m of them, so that it is not
+    zero where all agree. For a difference that is Agresti and Min 2005, Statistics in Medicine 24, 729–740: half an
+    example in each cell.
     """
     w = np.array(weights)
-    each = w @ np.array(bits, dtype=float)
+    each = w @ np.array(values, dtype=float)
+    if any(value.dtype != np.bool_ for value in values):
+        return float(each.std(ddof=1)) / sqrt(len(each))
     n, first, second = len(each) + 2, w.sum(), w.sum() ** 2 / 2 + (w**2).sum() / 2
     mean = (each.sum() + first) / n
     return sqrt(((each**2).sum() + second) / n - mean**2) / sqrt(n)
 
 
-def _same_examples(found: Sequence[Found]) -> list[NDArray[np.bool_]] | None:
-    """The answers behind shares, where all are of the same examples in one order."""
-    bits = [reading.of_each(quantity.name) for quantity, reading in found]
-    kept = [each for each in bits if each is not None]
-    if len(kept) < len(found):
+def _same_examples(found: Sequence[Found]) -> list[NDArray[Any]] | None:
+    """The values behind two or more means, where all are of the same examples in one order."""
+    kept = [there for quantity, reading in found if (there := reading.of_each(quantity.name)) is not None]
+    if len(kept) < max(2, len(found)) or len(kept[0].places) < 2:
         return None
-    first = found[0][1]
-    alike = (
-        reading.settings.get("split") == first.settings.get("split")
-        and np.array_equal(reading.examples["index"], first.examples["index"])
-        for _, reading in found
-    )
-    return kept if all(alike) else None
+    alike = all(each.split == kept[0].split and np.array_equal(each.places, kept[0].places) for each in kept)
+    return [each.values for each in kept] if alike else None
 
 
 def trend(ask: Ask, region: Region, *, member: Part, least: float = 0.0) -> Judge:
@@ -258,6 +256,9 @@ def _ratio(a: Found, b: Found) -> Sample:
     (one, _), (two, _) = a, b
     known = None not in errors
     error = hypot((errors[0] or 0.0) / one.value, (errors[1] or 0.0) / two.value) if known else None
+    together = _same_examples([a, b])
+    if together is not None:
+        error = paired_error([1 / one.value, -1 / two.value], together)
     return Sample(log(one.value / two.value), error, _least([a, b]), trouble_of([a, b]))
 
 

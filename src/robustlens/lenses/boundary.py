@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from robustlens.attacks.fmn import FMN
@@ -162,6 +163,7 @@ class BoundaryDistance:
             headline=tuple(q.name for q in quantities if q.name in ("average margin, test", "minimum margin, test")),
             panels=(*_charts(found, threat, self.bins), _table(quantities, found), *gallery),
             settings=settings,
+            examples=_kept({name: (sample(split, self.n_examples), found[name]) for name, split in splits.items()}),
         )
 
     def _measure(
@@ -213,6 +215,16 @@ def _quantities(d: Distances, split: str, unit: str, seed: int) -> list[Quantity
             low, high = bootstrap_spearman(lead, upper, seed=seed)
             numbers.append(Quantity(name, rho, "", min(low, rho), max(high, rho), len(upper)))
     return numbers
+
+
+def _kept(measured: dict[str, tuple[Tensor, Distances]]) -> dict[str, NDArray[Any]]:
+    """The distances behind the averages; upper bounds only where there is one for every example."""
+    kept: dict[str, NDArray[Any]] = {}
+    for split, (order, d) in measured.items():
+        kept |= {f"index, {split}": order.numpy(), f"estimated average margin, {split}": d.estimate}
+        if not np.isnan(d.upper).any():
+            kept[f"average margin, {split}"] = d.upper
+    return kept
 
 
 def _minimum(d: Distances, split: str, unit: str) -> Quantity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from numpy.typing import NDArray
 
@@ -64,6 +64,14 @@ class Quantity:
     nature: Literal["exact", "estimate", "lower bound", "upper bound"] = "estimate"
 
 
+class Values(NamedTuple):
+    """One value an example: ``values`` (n,) of those at the positions ``places`` (n,) of a split."""
+
+    split: object
+    places: NDArray[Any]
+    values: NDArray[Any]
+
+
 @dataclass(frozen=True)
 class Reading:
     """The result of one lens on one subject.
@@ -77,7 +85,8 @@ class Reading:
         headline: names of the quantities that belong in a summary table.
         panels: what to draw.
         examples: name → one value an example, kept for comparisons and not drawn: "index" (n,) is its position in the
-            split, "clean" and "robust" (n,) say whether it was right before and after the attack.
+            split, "clean" and "robust" (n,) say whether it was right before and after the attack. Others are called as
+            the quantity that is their mean, "average margin, test" for one, and its positions are "index, test" then.
     """
 
     lens: str
@@ -89,9 +98,12 @@ class Reading:
     settings: Mapping[str, Any] = field(default_factory=dict)
     examples: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
 
-    def of_each(self, quantity: str) -> NDArray[Any] | None:
-        """The bits (n,) of which the share called ``quantity`` is the mean, where they were kept."""
-        return self.examples.get(BITS.get(quantity, ""))
+    def of_each(self, quantity: str) -> Values | None:
+        """The values of the examples of which ``quantity`` is the mean, where they were kept."""
+        what, comma, where = quantity.partition(", ")
+        places, values = (self.examples.get(f"{name}{comma}{where}") for name in ("index", BITS.get(what, what)))
+        split, _, _ = f", {where}".partition(", epoch ")
+        return None if places is None or values is None else Values((self.settings.get("split"), split), places, values)
 
     def __getitem__(self, name: str) -> Quantity:
         """The quantity called ``name``; KeyError lists the names there are."""

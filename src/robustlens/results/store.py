@@ -28,6 +28,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from robustlens.results.errors import InputError, RunInUse, shortened
@@ -196,7 +197,7 @@ class RunDirectory:
                 if columns:
                     pq.write_table(pa.table(dict(columns)), scratch / f"panel-{i}.parquet", compression="zstd")
             if reading.examples:
-                pq.write_table(pa.table(dict(reading.examples)), scratch / EXAMPLES, compression="zstd")
+                pq.write_table(_columns(reading.examples), scratch / EXAMPLES, compression="zstd")
             record["files"] = {file.name: _sha256(file.read_bytes()) for file in sorted(scratch.iterdir())}
             (scratch / "reading.json").write_bytes(sealed(_json(record)))
             if path.exists():
@@ -256,7 +257,7 @@ def read_reading(path: Path) -> Reading:
             headline=record.headline,
             panels=tuple(panels),
             settings=record.settings,
-            examples={name: table[name].to_numpy() for name in table.column_names},
+            examples={name: table[name].drop_null().to_numpy() for name in table.column_names},
         )
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise InputError(
@@ -265,6 +266,15 @@ def read_reading(path: Path) -> Reading:
             got=shortened(f"{type(error).__name__}: {error}", 200),
             fix="Delete that directory; the study makes it again.",
         ) from error
+
+
+def _columns(examples: Mapping[str, NDArray[Any]]) -> pa.Table:
+    """One column each; shorter ones, of a smaller split, end in nulls."""
+    longest = max(map(len, examples.values()))
+    made = {name: pa.array(values) for name, values in examples.items()}
+    return pa.table(
+        {name: pa.concat_arrays([each, pa.nulls(longest - len(each), each.type)]) for name, each in made.items()}
+    )
 
 
 def _json(value: Mapping[str, Any], *, allow_nan: bool = True) -> bytes:

@@ -37,7 +37,8 @@ def compare(first: str | Path, second: str | Path) -> list[Compared]:
     runs = [_one(place) for place in (first, second)]
     _same_images(runs)
     labels = tuple(str(run.read_json("run.json")["label"]) for run in runs)
-    kept = [[reading for reading in run.readings() if len(reading.examples)] for run in runs]
+    wanted = {"index", *BITS.values()}
+    kept = [[reading for reading in run.readings() if reading.examples.keys() >= wanted] for run in runs]
     if labels[0] == labels[1]:
         labels = (f"{labels[0]} (A)", f"{labels[1]} (B)")
     found = []

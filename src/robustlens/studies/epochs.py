@@ -75,6 +75,7 @@ def side_by_side(scheduled: Scheduled, found: Sequence[tuple[int, Reading]]) -> 
         ),
         panels=(*_curves(names, found), *_galleries(found), _table(found)),
         settings={**last.settings, "when": f"epochs:{','.join(str(epoch) for epoch in scheduled.epochs)}"},
+        examples={f"{name}, epoch {e}": values for e, reading in found for name, values in reading.examples.items()},
     )
 
 
