@@ -19,8 +19,9 @@ HEAD = """# The papers, reproduced
 Every section was written by the command that stands in it, with `--keep {place}` added; the ledger at the end by
 `robustlens claims {place}`. A number of ours agrees where its whole 95 % interval lies within a tolerance of the
 paper's (the tolerance is in the record beside this page), differs where none of it does, and is undecided else.
-Intervals are over the test images and over the seeds. `paper` scale is the paper's protocol; `laptop` scale keeps the
-protocol and shrinks data, network or epochs, as each section says.
+Intervals are over the test images and over the seeds; in the claims, numbers of the same images are compared image by
+image. `paper` scale is the paper's protocol; `laptop` scale keeps the protocol and shrinks data, network or epochs, as
+each section says.
 """
 
 
