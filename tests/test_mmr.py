@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from robustlens.core.discovery import build
 from robustlens.core.types import Batch, Crafted, Moment, Terms
+from robustlens.linalg.receptive import receptive_fields
 from robustlens.models.normalize import ImageStandardize
 from robustlens.objectives.standard import Standard
 from robustlens.regularizers.mmr import MMR
@@ -163,6 +164,22 @@ def test_chunks_do_not_change_the_value(images: Tensor, labels: Tensor) -> None:
         results.append([penalty.detach(), *torch.autograd.grad(penalty, list(net.parameters()))])
     for other in results[1:]:
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(results[0], other, strict=True))
+
+
+def test_receptive_fields_are_looked_at_once_a_training(
+    images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, looks = convolutional(), []
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        looks.append(args)
+        return receptive_fields(*args, **settings)
+
+    monkeypatch.setattr("robustlens.regularizers.mmr.receptive_fields", counted)
+    moment = Moment()
+    values = [MMR(chunk=50).penalty(net, *step(net, images, labels, moment), gen=gen()) for _ in range(3)]
+    assert len(looks) == 1 and torch.equal(values[0], values[2])
+    assert torch.equal(values[0], MMR(chunk=50).penalty(net, *step(net, images, labels), gen=gen())) and len(looks) == 2
 
 
 def test_a_unit_without_boundary_and_one_on_its_boundary(images: Tensor, labels: Tensor) -> None:

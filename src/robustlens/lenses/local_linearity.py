@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from robustlens.lenses.linearity_figures import Measured, reading_of
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import Linearization, jvp, krylov_method, residual
+from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
 from robustlens.linalg.regions import DUAL, bends, gradient_norms, other_pools, require_relu_regions, slopes_along
 from robustlens.results.errors import InputError
 from robustlens.results.reading import Outcome, Reading
@@ -235,10 +237,13 @@ class LocalLinearity:
         wanted = (FACETS if test.images[0].numel() <= AFFORDABLE else 0) if self.n_facets is None else self.n_facets
         if measured.no_regions is not None or wanted == 0:
             return
+        sweep: Sweep | None = None
         for batch in batches(subject, test, order[:wanted], 1):
             with untouched(subject.model), torch.no_grad():
                 heights = _heights(double, batch.x.double())
-                norms = gradient_norms(lambda x: _heights(subject.model, x), batch.x, q, chunk=self.batch_size)
+                single = partial(_heights, subject.model)
+                sweep = sweep or cheapest_sweep(receptive_fields(single, batch.x, chunk=self.batch_size))
+                norms = gradient_norms(single, batch.x, q, chunk=self.batch_size, sweep=sweep)
                 relus = len(bends(double, batch.x.double()).relus)
             away = [
                 torch.where(size > 0, height.abs() / size.double(), torch.inf).amin(1)

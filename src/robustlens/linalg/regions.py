@@ -187,15 +187,15 @@ def slopes_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], 
     return [layer.detach() for layer in layers], list(torch.autograd.grad(pulled, us, v))
 
 
-def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int) -> list[Tensor]:
+def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: Sweep | None = None) -> list[Tensor]:
     """‖∇h_j‖_q of all heights at images ``x`` (B, C, H, W), q in {1, 2, ∞}, as ``heights`` has them.
 
     A pass gives columns of J for the units of the layers whose receptive fields are small, along all pixels of a colour
     (``linalg.receptive``), or a row of J for one unit of the others: of lenet-small's units 100 columns and 110 rows
     instead of a column a pixel, which are 784. ``chunk`` // B passes are made at a time. ``heights`` is called with
-    copies of ``x`` one after the other, (copies · B, C, H, W).
+    copies of ``x`` one after the other, (copies · B, C, H, W). ``sweep`` is that of the network where it is known.
     """
-    sweep = cheapest_sweep(receptive_fields(heights, x, chunk=chunk))
+    sweep = sweep or cheapest_sweep(receptive_fields(heights, x, chunk=chunk))
     copies = max(1, chunk // len(x))
     many = x.detach().repeat(copies, 1, 1, 1).requires_grad_()
     with torch.enable_grad(), FrozenConvolutions():

@@ -13,9 +13,13 @@ from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Moment, Terms
-from robustlens.linalg.regions import DUAL, gradient_norms, observed, observed_until, require_relu_regions
+from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
+from robustlens.linalg.regions import DUAL, Heights, gradient_norms, observed, observed_until, require_relu_regions
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import NORMS, Norm
+
+#: What is remembered of the network from step to step.
+COLOUR, LAYERS = "mmr/colour", "mmr/layers"
 
 
 class Near(NamedTuple):
@@ -126,9 +130,12 @@ class MMR:
         x, y = batch.x.detach(), batch.y
         with untouched(model), torch.enable_grad():
             layers = crossings(model, x, y)
-            sizes = gradient_norms(
-                lambda many: crossings(model, many, y.repeat(len(many) // len(x))), x, DUAL[self.norm], chunk=self.chunk
-            )
+
+            def heights(many: Tensor) -> list[Tensor]:
+                return crossings(model, many, y.repeat(len(many) // len(x)))
+
+            sweep = self._sweep(heights, x, batch.moment)
+            sizes = gradient_norms(heights, x, DUAL[self.norm], chunk=self.chunk, sweep=sweep)
         units, classes = sum(layer.shape[1] for layer in layers[:-1]), layers[-1].shape[1]
         ramp, count = self.schedule(batch.moment, units)
         distances = [
@@ -172,6 +179,14 @@ class MMR:
         first, last = int(self.first * units), int(self.last * units)
         count = int(first + (last - first) * epoch / moment.epochs)
         return min(epoch / self.warmup, 1.0) if self.warmup else 1.0, max(count, 1)
+
+    def _sweep(self, heights: Heights, x: Tensor, moment: Moment) -> Sweep:
+        """How the network's norms are found, which stays the same from step to step."""
+        memory = moment.memory
+        if COLOUR not in memory:
+            found = cheapest_sweep(receptive_fields(heights, x, chunk=self.chunk))
+            memory[COLOUR], memory[LAYERS] = found.colour, torch.tensor(found.layers)
+        return Sweep(memory[COLOUR], int(memory[LAYERS]))
 
     def _hinges(self, model: nn.Module, crafted: Crafted, layer: int, near: Near, *, last: bool) -> Tensor:
         x = crafted.batch.x.detach()[near.example].requires_grad_()
