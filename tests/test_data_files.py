@@ -1,13 +1,10 @@
-"""Parquet files, image folders and Hub tables made by hand, and every error a user can make."""
+"""Parquet files and image folders made by hand, and every error a user can make."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,43 +338,3 @@ def test_settings_are_checked() -> None:
             DataConfig(**{"source": "mnist5k", **wrong})
     config = DataConfig(source="mnist5k", classes=[1, "7"])
     assert DataConfig.model_validate_json(config.model_dump_json()) == config
-
-
-def test_hub_without_a_network_says_how_to_go_on() -> None:
-    code = (
-        "from robustlens.data.config import DataConfig\nfrom robustlens.data.sources import load\n"
-        "from robustlens.results.errors import InputError\n"
-        "try:\n    load(DataConfig(source='nobody-here/no-such-set'))\n"
-        "except InputError as error:\n    print(error)\n"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ROBUSTLENS_DATA": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert "expected the Hugging Face Hub to answer" in done.stdout and done.stdout.count("\n") == 1
-    assert "directory of its parquet files" in done.stdout
-
-
-def test_hub_tables_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked = []
-    x = pixels(20)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
-
-    def made(n: int) -> datasets.Dataset:
-        cells = [{"bytes": png(i), "path": None} for i in x[:n]]
-        return datasets.Dataset.from_dict({"image": cells, "label": [0, 1] * (n // 2)}, features=features)
-
-    def load_dataset(name: str, configuration: str | None) -> Any:
-        asked.append((name, configuration))
-        if name == "wrong/configuration":
-            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']")
-        return datasets.DatasetDict({"train": made(20), "test": made(4), "extra": made(2)})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.delenv("ROBUSTLENS_DATA", raising=False)
-    source = open_source(DataConfig(source="svhn"))
-    assert asked == [("ufldl-stanford/svhn", "cropped_digits")] and set(source.splits) == {"train", "test"}
-    assert source.classes == ("no", "yes")
-    np.testing.assert_array_equal(source.splits["train"].images().numpy(), x.transpose(0, 3, 1, 2))
-    with pytest.raises(InputError, match=r"configs: \['a', 'b'\]. Write wrong/configuration:configuration"):
-        load(DataConfig(source="wrong/configuration"))

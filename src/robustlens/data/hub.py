@@ -24,7 +24,8 @@ def read_hub(name: str, image_column: str | None, label_column: str | None) -> S
     """The data set ``owner/name`` or ``owner/name:configuration``.
 
     Raises:
-        InputError: no such data set, a configuration that is missing or unknown, or the Hub cannot be reached.
+        InputError: no such data set, no data files in it, a configuration that is missing or unknown, or the Hub cannot
+            be reached.
     """
     import datasets  # here, because it is slow to import and most sources do without it
     import huggingface_hub
@@ -32,10 +33,10 @@ def read_hub(name: str, image_column: str | None, label_column: str | None) -> S
     identifier, _, configuration = name.partition(":")
     try:
         found = datasets.load_dataset(identifier, configuration or None)
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except FileNotFoundError as error:
         raise InputError(
             f"data set {identifier!r}",
-            expected="the id of a public data set on the Hugging Face Hub",
+            expected="the id of a public data set on the Hugging Face Hub, with data files in it",
             got=_line(error),
             fix="Check the spelling; for a local directory write its path, such as ./my-images.",
         ) from error
