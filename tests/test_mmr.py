@@ -15,6 +15,7 @@ from robustlens.core.types import Batch, Crafted, Moment, Terms
 from robustlens.linalg.receptive import receptive_fields
 from robustlens.models.normalize import ImageStandardize
 from robustlens.objectives.standard import Standard
+from robustlens.regularizers import mmr as mmr_module
 from robustlens.regularizers.mmr import MMR
 from robustlens.results.errors import InputError
 
@@ -90,11 +91,13 @@ def step(net: nn.Module, images: Tensor, labels: Tensor, moment: Moment | None =
     return crafted, Terms(torch.zeros(()), torch.zeros(len(labels), 4))
 
 
+@pytest.mark.parametrize("column", [0.0, float("inf")], ids=["by column", "by row"])
 @pytest.mark.parametrize("make", [mlp, convolutional])
 @pytest.mark.parametrize(("norm", "gamma"), [("l2", 0.3), ("linf", 0.02), ("l1", 1.0)])
 def test_value_and_gradient_against_dense_matrices(
-    make: Any, norm: Any, gamma: float, images: Tensor, labels: Tensor
+    make: Any, norm: Any, gamma: float, column: float, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("robustlens.regularizers.mmr.COLUMN", column)
     net = make()
     mmr = MMR(weight=0.7, gamma_b=gamma, gamma_d=2 * gamma, norm=norm, first=0.4, last=0.2, chunk=50)
     crafted, terms = step(net, images, labels, Moment(epoch=3.5, epochs=20))
@@ -164,6 +167,18 @@ def test_chunks_do_not_change_the_value(images: Tensor, labels: Tensor) -> None:
         results.append([penalty.detach(), *torch.autograd.grad(penalty, list(net.parameters()))])
     for other in results[1:]:
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(results[0], other, strict=True))
+
+
+def test_columns_are_taken_where_they_are_fewer(
+    images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, taken = build("model", "lenet-small").build((1, 8, 8), 4), []
+    pulled_norms = mmr_module.pulled_norms
+    monkeypatch.setattr(mmr_module, "pulled_norms", lambda *a, **k: taken.append(1) or pulled_norms(*a, **k))
+    for share, expected in ((0.02, 0), (1.0, 1)):
+        crafted, terms = step(net.double(), images, labels)
+        MMR(gamma_b=9.0, first=share, last=share).penalty(net, crafted, terms, gen=gen())
+        assert len(taken) == expected
 
 
 def test_receptive_fields_are_looked_at_once_a_training(

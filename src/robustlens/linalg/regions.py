@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from robustlens.core.modes import evaluating
+from robustlens.core.modes import evaluating, untouched
 from robustlens.linalg.frozen_convolutions import FrozenConvolutions
 from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
 from robustlens.results.errors import InputError
@@ -55,8 +55,8 @@ def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
     return seen, logits
 
 
-def observed_until(model: nn.Module, x: Tensor, call: int) -> Tensor:
-    """The flat input (B, units) of one call of a ReLU module, counted from 0; what comes later is not computed."""
+def observed_until(model: nn.Module, x: Tensor, call: int) -> list[Tensor]:
+    """``observed`` up to one call of a ReLU module, counted from 0; what comes later is not computed."""
     seen: list[Tensor] = []
 
     def keep(heights: Tensor) -> None:
@@ -66,7 +66,7 @@ def observed_until(model: nn.Module, x: Tensor, call: int) -> Tensor:
 
     with _hooked(model, keep), suppress(_Reached):
         model(x)
-    return seen[call]
+    return seen
 
 
 @contextmanager
@@ -202,8 +202,9 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: 
         layers = heights(many)
     sizes = [torch.zeros_like(layer[: len(x)]).detach() for layer in layers]
     near, far = layers[: sweep.layers], layers[sweep.layers :]
-    for columns in _columns(near, many, sweep, copies):
-        for size, column in zip(sizes, columns, strict=False):
+    columns = _pusher(near, many)
+    for along in _colours(sweep, many, copies):
+        for size, column in zip(sizes, columns(along), strict=False):
             slopes = column.view(copies, *size.shape)
             if q == 2:
                 size += slopes.square().sum(0)
@@ -221,18 +222,44 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: 
     return [size.sqrt() if q == 2 and k < sweep.layers else size for k, size in enumerate(sizes)]
 
 
-def _columns(layers: list[Tensor], many: Tensor, sweep: Sweep, copies: int) -> Iterator[tuple[Tensor, ...]]:
-    """The derivatives of ``layers`` along the pixels of each colour, ``copies`` colours at a time."""
+def pulled_norms(
+    model: nn.Module, call: int, x: Tensor, q: float, pulls: list[Tensor], *, sweep: Sweep, chunk: int
+) -> Iterator[Tensor]:
+    """Scalars whose gradients by the weights sum to that of Σ_j p_j ‖∇h_j‖_q^q / q, q in {1, 2}.
+
+    h_j are the inputs of the ReLU calls 0 … ``call``, ``pulls`` (B, units) a layer their p_j. With vᶜ the directions
+    that ``gradient_norms`` goes along, a scalar is Σ_c ⟨vᶜ, Jᵀa⟩ over the colours c of a chunk, where
+    a_j = p_j sign(Jvᶜ)_j |Jvᶜ|_j^(q − 1) is held fixed: a pass serves all units.
+    """
+    copies = max(1, chunk // len(x))
+    many = x.detach().repeat(copies, 1, 1, 1).requires_grad_()
+    with untouched(model), torch.enable_grad(), FrozenConvolutions():
+        columns = _pusher(observed_until(model, many, call), many)
+    for along in _colours(sweep, many, copies):
+        slopes = [column if q == 2 else column.sign() for column in columns(along)]
+        held = [slope * pull.repeat(copies, 1) for slope, pull in zip(slopes, pulls, strict=True)]
+        layers = observed_until(model, many, call)
+        (pulled,) = torch.autograd.grad(layers, many, held, create_graph=True)
+        yield (pulled * along).sum()
+
+
+def _pusher(layers: list[Tensor], many: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """From a direction v like ``many`` to the derivatives of ``layers`` along it."""
     if not layers:
-        return
+        return lambda along: ()
     us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
     with torch.enable_grad(), FrozenConvolutions():
         (pulled,) = torch.autograd.grad(layers, many, us, create_graph=True)
+    return lambda along: torch.autograd.grad(pulled, us, along, retain_graph=True)
+
+
+def _colours(sweep: Sweep, many: Tensor, copies: int) -> Iterator[Tensor]:
+    """Directions like ``many``: in each of its ``copies`` the pixels of the next colour, until all had their turn."""
     colour = sweep.colour.to(many.device)
-    for first in range(0, sweep.colours, copies):
+    for first in range(0, sweep.colours if sweep.layers else 0, copies):
         part = torch.arange(first, first + copies, device=many.device)
         along = (part[:, None] == colour).to(many.dtype).repeat_interleave(len(many) // copies, 0)
-        yield torch.autograd.grad(pulled, us, along.view_as(many), retain_graph=True)
+        yield along.view_as(many)
 
 
 def other_pools(model: nn.Module, x: Tensor) -> bool:

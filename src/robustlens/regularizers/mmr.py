@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -14,22 +15,34 @@ from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Moment, Terms
 from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
-from robustlens.linalg.regions import DUAL, Heights, gradient_norms, observed, observed_until, require_relu_regions
+from robustlens.linalg.regions import (
+    DUAL,
+    Heights,
+    gradient_norms,
+    observed,
+    observed_until,
+    pulled_norms,
+    require_relu_regions,
+)
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import NORMS, Norm
 
 #: What is remembered of the network from step to step.
 COLOUR, LAYERS = "mmr/colour", "mmr/layers"
 
+#: How many rows of the Jacobian cost as much as a colour with all that is pulled along it.
+COLUMN = 1.5
+
 
 class Near(NamedTuple):
-    """The boundaries of one layer that a hinge reaches, by ``example`` (P,) and ``unit`` (P,).
+    """The boundaries of one layer that a hinge reaches, by ``example`` (P,) and ``unit`` (P,); ``size`` is ‖v_j‖ (P,).
 
     ``share`` is what a whole hinge adds to the penalty.
     """
 
     example: Tensor
     unit: Tensor
+    size: Tensor
     gamma: float
     share: float
 
@@ -51,13 +64,15 @@ class MMR:
     The network runs in eval mode: no dropout, BatchNorm an affine map. Where max-pooling switches is not counted.
 
     Which boundaries are near is searched without gradient, as ``linalg.regions.gradient_norms`` finds ‖v_j‖ of all
-    units. Only the hinges that are not zero are then differentiated, one row each, as deep as their layer lies; the
-    result is exact. Their gradient is summed ``chunk`` rows at a time, so that memory does not grow with k_B; the
-    penalty can be differentiated once, and with respect to the weights alone.
+    units. Only the hinges that are not zero are then differentiated, one row each, as deep as their layer lies; where
+    that takes more passes, those of the layers with small receptive fields a colour at a time instead, however many
+    they are (not for "l1", whose ‖v_j‖_∞ hangs on one column). The result is exact either way. Gradients are summed
+    ``chunk`` images at a time, so that memory does not grow with k_B; the penalty can be differentiated once, and with
+    respect to the weights alone.
 
     Cost a step: 2 forward passes, tangent and input passes by the receptive fields (at most C·H·W tangent ones), and
-    at most k_B + K − 1 weight passes with double backward. ``passes`` counts these for lenet-small on MNIST: 100
-    colours of pixels, 110 units and classes that see every pixel, 6 % of 4,804 units on average, 10 classes.
+    at most k_B + K − 1 weight passes with double backward. ``passes`` counts these for lenet-small on MNIST: twice 100
+    colours of pixels, once 100 with double backward, 110 units and classes that see every pixel, 10 classes.
 
     Attributes:
         weight: λ.
@@ -111,8 +126,7 @@ class MMR:
 
     @property
     def passes(self) -> Passes:
-        rows = 0.06 * 4804 + 9
-        return Passes(forward=2, inputs=110, tangent=100, weights=round(rows), double=round(rows))
+        return Passes(forward=3, inputs=110, tangent=200, weights=109, double=109)
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Refuse a network whose linear regions are not those of its ReLU modules."""
@@ -148,8 +162,8 @@ class MMR:
         share = self.weight * ramp / len(x)
         parts = torch.split(nearest & (hidden < self.gamma_b), [layer.shape[1] for layer in layers[:-1]], dim=1)
         return [
-            *(_near(part, self.gamma_b, share / count) for part in parts),
-            _near(distances[-1] < self.gamma_d, self.gamma_d, share / classes),
+            *(_near(part, size, self.gamma_b, share / count) for part, size in zip(parts, sizes, strict=False)),
+            _near(distances[-1] < self.gamma_d, sizes[-1], self.gamma_d, share / classes),
         ]
 
     def value(self, model: nn.Module, crafted: Crafted, terms: Terms, found: list[Near]) -> Tensor:
@@ -158,16 +172,11 @@ class MMR:
         weights = [p for p in model.parameters() if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
         with evaluating(model):
-            for layer, near in enumerate(found):
-                last = layer == len(found) - 1
-                for first in range(0, len(near.unit), self.chunk):
-                    part = slice(first, first + self.chunk)
-                    rows = near._replace(example=near.example[part], unit=near.unit[part])
-                    hinges = self._hinges(model, crafted, layer, rows, last=last)
-                    for slope, new in zip(slopes, torch.autograd.grad(hinges, weights, allow_unused=True), strict=True):
-                        if new is not None:
-                            slope += new
-                    total = total + hinges.detach()
+            for part in self._parts(model, crafted, found):
+                for slope, new in zip(slopes, torch.autograd.grad(part, weights, allow_unused=True), strict=True):
+                    if new is not None:
+                        slope += new
+                total = total + part.detach()
         # Adds 0, and has the gradient that was summed: no graph outlives its chunk.
         for p, slope in zip(weights, slopes, strict=True):
             total = total + ((p - p.detach()) * slope).sum()
@@ -188,18 +197,53 @@ class MMR:
             memory[COLOUR], memory[LAYERS] = found.colour, torch.tensor(found.layers)
         return Sweep(memory[COLOUR], int(memory[LAYERS]))
 
-    def _hinges(self, model: nn.Module, crafted: Crafted, layer: int, near: Near, *, last: bool) -> Tensor:
+    def _parts(self, model: nn.Module, crafted: Crafted, found: list[Near]) -> Iterator[Tensor]:
+        """Scalars that sum to the penalty, and whose gradients sum to its own."""
+        memory = crafted.batch.moment.memory
+        sweep = Sweep(memory[COLOUR], int(memory[LAYERS]))
+        layers = min(sweep.layers, len(found) - 1)  # not the classes
+        rows = sum(len(near.unit) for near in found[:layers])
+        many = rows > COLUMN * sweep.colours * len(crafted.batch)
+        by_column = layers if many and self.norm != "l1" else 0
+        if by_column:
+            yield from self._by_column(model, crafted, found[:by_column], sweep)
+        for layer in range(by_column, len(found)):
+            for first in range(0, len(found[layer].unit), self.chunk):
+                part = slice(first, first + self.chunk)
+                example, unit, size = (entry[part] for entry in found[layer][:3])
+                near = Near(example, unit, size, *found[layer][3:])
+                yield self._by_row(model, crafted, layer, near, last=layer == len(found) - 1)
+
+    def _by_row(self, model: nn.Module, crafted: Crafted, layer: int, near: Near, *, last: bool) -> Tensor:
+        """The hinges of ``near``, a row of the Jacobian each, as deep as their ``layer`` lies."""
         x = crafted.batch.x.detach()[near.example].requires_grad_()
-        heights = crossings(model, x, crafted.batch.y[near.example])[-1] if last else observed_until(model, x, layer)
+        heights = (
+            crossings(model, x, crafted.batch.y[near.example])[-1] if last else observed_until(model, x, layer)[-1]
+        )
         height = heights.gather(1, near.unit[:, None])[:, 0]
         (rows,) = torch.autograd.grad(height.sum(), x, create_graph=True)
         distance = (height if last else height.abs()) / rows.flatten(1).norm(DUAL[self.norm], dim=1)
         return (near.share * F.relu(1 - distance / near.gamma)).sum()
 
+    def _by_column(self, model: nn.Module, crafted: Crafted, found: list[Near], sweep: Sweep) -> Iterator[Tensor]:
+        """The hinges of the first layers, ``found``: those of all units at once, pulled at a colour at a time."""
+        x, q, pulls = crafted.batch.x.detach(), DUAL[self.norm], []
+        total = x.new_zeros(())
+        for near, layer in zip(found, observed_until(model, x, len(found) - 1), strict=True):
+            distance = layer[near.example, near.unit].abs() / near.size
+            hinge = near.share * F.relu(1 - distance / near.gamma)
+            total = total + hinge.sum()
+            # The slope of the hinge by ‖v_j‖, over what pulled_norms has beyond that of the norm.
+            slope = near.share / near.gamma * distance.detach() / near.size**q * (hinge.detach() > 0)
+            pulls.append(torch.zeros_like(layer).index_put((near.example, near.unit), slope))
+        yield total
+        for part in pulled_norms(model, len(found) - 1, x, q, pulls, sweep=sweep, chunk=self.chunk):
+            yield part - part.detach()
 
-def _near(within: Tensor, gamma: float, share: float) -> Near:
+
+def _near(within: Tensor, size: Tensor, gamma: float, share: float) -> Near:
     example, unit = within.nonzero(as_tuple=True)
-    return Near(example, unit, gamma, share)
+    return Near(example, unit, size[within], gamma, share)
 
 
 def crossings(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
