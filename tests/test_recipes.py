@@ -115,6 +115,9 @@ def test_a_gap_is_training_minus_test_accuracy() -> None:
 def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
     kept, out = tmp_path / "docs" / "reproduction", tmp_path / "runs"
     command = ["reproduce", "004-table1", "--scale", "smoke", "--out", str(out), "--keep", str(kept)]
+    stale = kept / "figures" / "004-table1-smoke" / "accuracy-as-it-was-once-called.svg"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     for _ in range(2):  # the second time everything is there already
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
@@ -139,6 +142,7 @@ def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
     assert "| ε = 0.4 | test | 99.86 % |" in text and "`004-gap-grows`" in text and record["command"] in text
     figures = list((kept / "figures" / "004-table1-smoke").glob("*.svg"))
     assert figures and all(f"(reproduction/figures/004-table1-smoke/{figure.name})" in text for figure in figures)
+    assert not stale.exists()
     ledger = CliRunner().invoke(app, ["claims", str(kept), "--page", str(tmp_path / "claims.html")])
     assert ledger.exit_code == 0 and "004-formula-9" in ledger.output
     page = (tmp_path / "claims.html").read_text()

@@ -158,8 +158,9 @@ def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
         for run in found.runs:
             copy_slim(run, keep / "runs" / run.path.parent.name / run.path.name)
         figures = write_figures(found.runs, keep / "figures" / name, format="svg")
-        for path in figures:
-            if not path.name.startswith(tuple(found.lenses)):
+        kept = [path for path in figures if path.name.startswith(tuple(found.lenses))]
+        for path in (keep / "figures" / name).glob("*"):  # older ones, of other names, too
+            if path not in kept:
                 path.unlink()
         write_summary(keep)
     return page

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from robustlens.report.labels import labels
 from robustlens.results.panels import Curve, Panel, Series, column
 from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, methods, seedless
@@ -71,12 +72,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     for lens, keys in by_lens.items():
         chosen = [[reading.settings for _, reading in grouped[key]] for key in keys]
         settings = [each[0] if len(set(map(seedless, each))) == 1 else _radiusless(each[0]) for each in chosen]
-        names = dict.fromkeys(name for own in settings for name in own if name != "seed")
-        differing = [name for name in names if len({seedless([own.get(name)]) for own in settings}) > 1]
-        for key, own in zip(keys, settings, strict=True):
-            name = lens.replace("_", " ").replace("-", " ")
-            if len(keys) > 1:
-                name += f" ({', '.join(f'{d} {_brief(own[d])}' for d in differing if d in own) or 'default'})"
+        for name, key in zip(labels(lens, settings), keys, strict=True):
             found.append(Section(name, lens, grouped[key]))
     return found
 
@@ -133,11 +129,3 @@ def _line(run: Run, key: str, name: str) -> Series:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return " ".join(_brief(v) for k, v in value.items() if k != "seed" and v is not None)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)

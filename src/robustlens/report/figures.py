@@ -16,7 +16,7 @@ from robustlens.report.charts import chart, palette, spec
 from robustlens.report.collect import sections, training_curves
 from robustlens.report.pictures import grid
 from robustlens.results.errors import InputError
-from robustlens.results.panels import Gallery
+from robustlens.results.panels import Gallery, Panel
 from robustlens.results.runs import load, methods
 from robustlens.results.store import RunDirectory, write_atomically
 
@@ -45,20 +45,18 @@ def write_figures(runs: Sequence[RunDirectory], directory: Path, *, format: Lite
     colours = palette(methods(loaded))
     named = [("training", group) for group in training_curves(loaded)]
     named += [(section.name, group) for section in sections(loaded) for group in section.panels()]
-    taken: set[str] = set()
-    written = []
+    drawn: list[tuple[tuple[str, ...], Gallery | dict[str, Panel]]] = []
     for lens, group in named:
         merged = {method: over_seeds(panels)[0] for method, panels in group.by_method.items()}
         if group.kind == "gallery":
-            for method, panel in merged.items():
-                if isinstance(panel, Gallery):
-                    path = directory / f"{_fresh(f'{lens} {group.title} {method}', taken)}.png"
-                    write_atomically(path, grid(panel))
-                    written.append(path)
+            drawn += [((lens, group.title, m), panel) for m, panel in merged.items() if isinstance(panel, Gallery)]
         elif group.kind != "table":
-            path = directory / f"{_fresh(f'{lens} {group.title}', taken)}.{format}"
-            write_atomically(path, _render(spec(chart(merged, colours=colours)), format))
-            written.append(path)
+            drawn.append(((lens, group.title), merged))
+    written = []
+    for name, (_, what) in zip(file_names([texts for texts, _ in drawn]), drawn, strict=True):
+        written.append(directory / f"{name}.{'png' if isinstance(what, Gallery) else format}")
+        drawing = grid(what) if isinstance(what, Gallery) else _render(spec(chart(what, colours=colours)), format)
+        write_atomically(written[-1], drawing)
     return written
 
 
@@ -74,16 +72,19 @@ def _render(drawn: dict[str, object], format: str) -> bytes:
 
 
 def slug(text: str) -> str:
-    """``text`` as a safe file name: a to z, digits and single hyphens, at most 80 characters."""
+    """``text`` as a safe file name: a to z, digits and single hyphens, at most 60 characters."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:80].strip("-") or "figure"
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or "figure"
 
 
-def _fresh(text: str, taken: set[str]) -> str:
-    name = base = slug(text)
-    count = 1
-    while name in taken:
-        count += 1
-        name = f"{base}-{count}"
-    taken.add(name)
-    return name
+def file_names(texts: Sequence[tuple[str, ...]]) -> list[str]:
+    """A file name for each text, which is in parts; names that would be alike are numbered, whatever the order."""
+    names: dict[str, int] = {}
+    for i in sorted(range(len(texts)), key=texts.__getitem__):
+        name = base = "-".join(map(slug, texts[i]))
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{base}-{count}"
+        names[name] = i
+    return sorted(names, key=names.__getitem__)

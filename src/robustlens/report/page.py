@@ -18,7 +18,7 @@ from robustlens.report import numbers
 from robustlens.report.aggregate import over_seeds
 from robustlens.report.charts import chart, palette, spec, undrawn
 from robustlens.report.collect import PanelGroup, Section, sections, training_curves
-from robustlens.report.figures import slug, vega_lite_version
+from robustlens.report.figures import file_names, slug, vega_lite_version
 from robustlens.report.front import Front
 from robustlens.report.pictures import SHOWN, data_uri
 from robustlens.report.provenance import origins
@@ -97,8 +97,8 @@ def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str, front: S
     return Path(path)
 
 
-def _block(group: PanelGroup, colours: Mapping[str, str], specs: list[dict[str, Any]]) -> Block:
-    """The panel group merged over seeds; a chart's specification is added to ``specs``."""
+def _block(part: str, group: PanelGroup, colours: Mapping[str, str], specs: list[dict[str, Any]]) -> Block:
+    """A panel group of ``part`` of the page merged over seeds; a chart's specification is added to ``specs``."""
     merged: dict[str, Panel] = {}
     merging = ""
     for method, panels in group.by_method.items():
@@ -118,7 +118,8 @@ def _block(group: PanelGroup, colours: Mapping[str, str], specs: list[dict[str, 
     rows = len(drawn["data"]["values"])
     if not rows:
         return Block(group.title, group.kind, merging, (*notes, "There is nothing to draw."))
-    drawn["usermeta"] = {"renderer": "canvas" if rows > MANY_MARKS else "svg", "file": slug(group.title)}
+    (file,) = file_names([(part, group.title)])
+    drawn["usermeta"] = {"renderer": "canvas" if rows > MANY_MARKS else "svg", "file": file}
     specs.append(drawn)
     return Block(group.title, group.kind, merging, tuple(notes), len(specs) - 1, wide="facet" in drawn)
 
@@ -127,7 +128,7 @@ def _part(
     name: str, place: str, groups: Sequence[PanelGroup], colours: Mapping[str, str], specs: Any
 ) -> dict[str, Any]:
     """A section of the page, with what its panels say about seeds said once."""
-    blocks = [_block(group, colours, specs) for group in groups]
+    blocks = [_block(name, group, colours, specs) for group in groups]
     merging = list(dict.fromkeys(block.merging for block in blocks if block.merging and "mean" in block.merging))
     return {"name": name, "id": place, "blocks": blocks, "merging": merging}
 
