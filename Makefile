@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-cluster fuzz benchmark clean
+.PHONY: demo test test-slow test-cluster test-accelerator fuzz benchmark clean
 
 $(BIN)/.installed: pyproject.toml requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,13 @@ $(BIN)/.cluster: $(BIN)/.installed
 
 test-cluster: $(BIN)/.cluster
 	OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest -m cluster tests/cluster
+
+$(BIN)/.accelerator: $(BIN)/.installed
+	$(BIN)/pip install --quiet --editable '.[test-accelerator]'
+	touch $@
+
+test-accelerator: $(BIN)/.accelerator
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest -m accelerator tests/accelerator
 
 MINUTES ?= 10
 

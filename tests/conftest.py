@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 import robustlens.cli
 from robustlens.core.types import Batch, Crafted, Terms
 
-pytest_plugins = ["small_cluster"]
+pytest_plugins = ["small_cluster", "small_accelerator"]
 
 torch.set_num_threads(1)
 

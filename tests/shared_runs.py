@@ -80,8 +80,17 @@ def examples(kind: str) -> list[Any]:
     return [example for cls in discover(kind).values() for example in cls.examples()]
 
 
-def carry_out(case: str, recipe: Recipe, settings: TrainingConfig, place: Path, world: World, *, batch: int) -> None:
-    """Train it in batches of ``batch``, of which the last of the epoch is half as large.
+def carry_out(
+    case: str,
+    recipe: Recipe,
+    settings: TrainingConfig,
+    place: Path,
+    world: World,
+    *,
+    batch: int,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Train it on ``device`` in batches of ``batch``, of which the last of the epoch is half as large.
 
     On two of the four classes, and a single logit, where the method asks for that.
     """
@@ -96,6 +105,7 @@ def carry_out(case: str, recipe: Recipe, settings: TrainingConfig, place: Path, 
         for split in (splits.train, splits.valid):
             split.labels.remainder_(2)
         model = fresh(lambda: Logistic().build((1, 8, 8), 2)).double()
+    model, splits = model.to(device), splits.to(torch.device(device))
     train(model, splits, recipe, settings, seed=3, run=RunDirectory(place / case), validation=attack, world=world)
 
 

@@ -41,7 +41,7 @@ def asked(*extras: str) -> set[str]:
 
 def test_the_table_is_what_is_asked_for() -> None:
     rows = [name + version for name, version, _ in table()]
-    assert sorted(rows) == sorted(asked("cluster", "tensorboard", "test-cluster", "test"))
+    assert sorted(rows) == sorted(asked("cluster", "tensorboard", "test-cluster", "test-accelerator", "test"))
 
 
 def test_licences_are_those_of_the_installed_packages() -> None:
