@@ -23,7 +23,7 @@ def nearest_on_segment(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *,
     for _ in range(steps):
         middle = (low + high) / 2
         point = torch.lerp(x, x_adv, middle)
-        wrong = (logit_margin(model(point), y) <= 0)[:, None, None, None]
+        wrong = (logit_margin(model(point), y) < 0)[:, None, None, None]
         best = torch.where(wrong, point, best)
         low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
     return best
@@ -49,9 +49,9 @@ def margin_and_slope(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Te
 
 
 def smaller(threat: Lp, margin: Tensor, delta: Tensor, nearest: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest wrong change so far (B, C, H, W) and its size (B,), ``delta`` included; margin ≤ 0 is wrong."""
+    """The smallest wrong change so far (B, C, H, W) and its size (B,), ``delta`` included; a tie does not count."""
     size = threat.size(delta)
-    better = (margin <= 0) & (size < smallest)
+    better = (margin < 0) & (size < smallest)
     return torch.where(better[:, None, None, None], delta, nearest), torch.where(better, size, smallest)
 
 
