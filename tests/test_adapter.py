@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from robustlens.core.discovery import build
-from robustlens.models.adapter import OneLogit, check_images, check_model, load_weights
+from robustlens.models.adapter import OneLogit, check_model, load_weights
+from robustlens.models.normalize import Normalized
 from robustlens.results.errors import InputError
 
 SHAPE = (3, 4, 4)
@@ -341,40 +342,35 @@ def test_a_refused_model_is_left_as_it_was():
 # The images
 
 
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.rand(2, *SHAPE),
-        torch.rand(2, *SHAPE).half(),
-        torch.tensor([0.0, 1.0]).view(2, 1, 1, 1),
-        torch.full((2, 3, 5, 5), 255, dtype=torch.uint8),
-        torch.rand(2, 1, 28, 3),
-    ],
-)
-def test_images_that_pass(images):
-    assert check_images(images) is None
+class Odd(nn.Module):
+    """Right for several images in float32, and not else."""
 
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.fc = how, nn.Linear(48, 4)
 
-HALF = torch.full((2, *SHAPE), 0.5)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "batch of 4":
+            return self.fc(x.view(4, 48))
+        logits = self.fc(x.flatten(1))
+        return logits.double() if self.how == "double" else logits.squeeze()
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("how", "words"),
     [
-        (HALF * 255, r"pixels in \[0, 1\], got \[127.5, 127.5\] \(0–255\?\). Divide by 255"),
-        (HALF * 2.2, r"got \[1.1, 1.1\] \(overshoot of a resize\?\). Use images.clamp"),
-        (HALF - 1, r"normalised data\?\). .* put mean/std inside the model with mean=…, std=…"),
-        ((torch.arange(96).view(2, *SHAPE) - 48) / 20.0, r"normalised data"),
-        (torch.where(HALF.cumsum(3) > 1.9, float("nan"), HALF), "finite pixels, got NaN"),
-        (HALF / 0, "finite pixels"),
-        (HALF[0], r"shape \(N, C, H, W\), got shape \(3, 4, 4\)"),
-        (HALF[None], r"got shape \(1, 2, 3, 4, 4\)"),
-        (HALF[:0], r"one image or more.*got shape \(0, 3, 4, 4\)"),
-        (HALF.permute(0, 2, 3, 1), r"channels first.*got shape \(2, 4, 4, 3\).*permute\(0, 3, 1, 2\)"),
-        (HALF.long(), "uint8, or float in .*, got torch.int64"),
+        ("double", r"expected torch.float32 logits, got torch.float64. End its forward pass with .float\(\)"),
+        ("batch of 4", r"for one image, as it is \(4, 4\) for 4, got RuntimeError: .*Batches have any size"),
+        ("squeezed", r"output of shape \(1, 4\) for one image.*got shape \(4,\)"),
     ],
 )
-def test_images_that_are_refused(images, words):
+def test_refuses_what_holds_for_some_batches_alone(how, words):
     with refused(words) as caught:
-        check_images(images)
+        check_model(Odd(how), SHAPE, 4)
     one_line(caught)
+
+
+def test_statistics_of_pixels_from_0_to_255_are_refused():
+    for settings in ({"mean": (77.0,)}, {"std": (66.0,)}, {"mean": (-0.1,)}):
+        with refused(r"statistics of pixels in \[0, 1\].*Divide those of 0–255 pixels by 255"):
+            Normalized(**settings).normalizer(3)

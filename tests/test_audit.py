@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SmallNet, gen
+from rich.console import Console
 from safetensors.torch import save_file
 from small_runs import fresh, linear_net, small_splits
 from torch import Tensor, nn
 
 from robustlens.core.discovery import discover
+from robustlens.data.arrays import from_arrays
 from robustlens.results.errors import InputError
+from robustlens.show import table
 from robustlens.studies.audit import audit, fingerprint, open_model, open_splits
 from robustlens.studies.watch import SilentStudy
 
@@ -151,6 +154,13 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     (outputs(4), (X.expand(-1, 2, -1, -1), Y), {}, "1 or 3 channels"),
     (outputs(4), (X, Y), {"threat": "linf:8"}, 'write "linf:8/255"'),
     (outputs(4), (X, Y), {"threat": "linf:-0.1"}, "a finite number ≥ 0"),
+    (outputs(4), (X, Y), {"threat": "l2:128"}, 'write "l2:128/255"'),
+    (outputs(4), (X, Y), {"threat": None}, "threat: expected a norm and a radius"),
+    (outputs(4), (X, Y), {"threat": 0.5}, "threat: expected a norm and a radius"),
+    (outputs(4), (X, Y, Y), {}, "data: expected splits, or"),
+    (outputs(4), (X, Y.clone().index_fill(0, torch.tensor(0), 10**12)), {}, "labels from 0 to 99,999 at most"),
+    (outputs(4), (X, Y), {"lenses": [{"name": "accuracy", "radii": [8]}]}, 'write "linf:8/255"'),
+    (outputs(4), (X, Y), {"lenses": None, "depth": "ful"}, "Did you mean 'full'"),
     (outputs(4), (X, Y), {"lenses": ["acuracy"]}, "Did you mean 'accuracy'"),
     (outputs(4), (X, Y), {"device": "gpu"}, "device: expected"),
     (outputs(4), (X, Y), {"device": "meta"}, "device: expected"),
@@ -224,3 +234,26 @@ def test_autoattack_standard_on_request_goes_on_where_it_was_stopped(data: Any, 
     (resumed,) = again.readings()
     assert resumed.quantities == whole.quantities and (resumed.examples["robust"] == whole.examples["robust"]).all()
     assert list((again.path / "state").glob("standard-accuracy-*/chunk-000000.safetensors"))
+
+
+def test_a_lens_that_breaks_leaves_the_others_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dropout that is always on: the segment to the boundary has no length, and whatever else may come of it."""
+
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(nn.functional.dropout(x.flatten(1), 0.5, training=True))
+
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    splits = from_arrays(train=(x, y), test=(x, y))
+    run = audit(Drops(), splits, threat="linf:0.1", out=tmp_path, device="cpu")
+    states = {reading.lens: reading.outcome for reading in run.readings()}
+    assert len(states) >= 15 and states["health"].status == "unreliable"
+    table(Console(width=100), [run])
+    said = capsys.readouterr().out
+    for lens, outcome in states.items():
+        if outcome.status == "failed":
+            assert f"{lens} was not measured: {outcome.why}"[:60] in said

@@ -139,6 +139,8 @@ BAD_STUDIES = {
     "empty": ("", "data: expected a value"),
     "nan": (STUDY.replace("bins = 5", "near = nan"), "near: expected a finite number"),
     "date": (STUDY.replace("epochs = 1", "epochs = 2020-01-01"), "training.epochs"),
+    "eps": (STUDY.replace('threat = "linf:0.1"', 'threat = "l2:128"'), 'write "l2:128/255"'),
+    "radii": (STUDY.replace('"logit-margins", bins = 5', '"accuracy", radii = [8]'), 'write "linf:8/255"'),
     "method": (STUDY + "training = { epochz = 2 }", "training of method 'plain [bold]'"),
 }
 
@@ -199,7 +201,7 @@ BAD_AUDITS = [
     (["cli_nets:ten"], ["--data", "@empty"], "image"),
     (["cli_nets:ten"], ["--data", "@broken"], "image"),
     (["cli_nets:seven"], [], "expected 10 logits an image"),
-    (["cli_nets:colour"], [], "channels and size of the images"),
+    (["cli_nets:colour"], [], "channels, size and precision (float32) of the images"),
     (["cli_nets:nine"], [], "no attribute 'nine'"),
     (["cli_nets"], [], "A network of your own is pkg.module:callable."),
     (["lenet-smal"], [], "Did you mean 'lenet-small'?"),

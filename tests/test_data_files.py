@@ -153,6 +153,19 @@ def test_labels_without_names_are_the_sorted_values(tmp_path: Path) -> None:
     assert source.classes == ("cat", "dog") and source.splits["train"].labels[:3].tolist() == [1, 0, 0]
     write(tmp_path / "words.parquet", pixels(12), [3, 7, 3] * 4)
     assert load(settings(tmp_path)).classes == ("3", "7")
+    write(tmp_path / "words.parquet", pixels(12), [0, -1, 1] * 4)
+    with pytest.raises(InputError, match=r"class numbers from 0 on, got the label -1\. It often means"):
+        load(settings(tmp_path))
+
+
+def test_splits_of_grey_and_of_colour_images(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.parquet", pixels(20, channels=1), [0, 1] * 10)
+    write(tmp_path / "test-0.parquet", pixels(4, channels=3), [0, 1] * 2)
+    with pytest.raises(InputError, match="grey images in the test split, as the training images are, got colour"):
+        load(settings(tmp_path))
+    write(tmp_path / "train-0.parquet", pixels(20, channels=3), [0, 1] * 10)
+    write(tmp_path / "test-0.parquet", pixels(4, channels=1), [0, 1] * 2)
+    assert load(settings(tmp_path)).shape == (3, 6, 6), "grey ones are repeated over the channels"
 
 
 def test_own_validation_split_is_kept(tmp_path: Path) -> None:

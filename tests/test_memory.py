@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from robustlens.core.discovery import build
 from robustlens.core.rng import generator
 from robustlens.core.types import Subject
-from robustlens.results.errors import RobustlensError
 from robustlens.results.reading import Reading
 from robustlens.results.store import RunDirectory
 from robustlens.studies.examine import examine
@@ -94,6 +93,7 @@ def test_other_errors_are_not_taken_for_it(hungry: Subject, tmp_path: Path) -> N
             return x.view(3, -1, 7)
 
     hungry.model.forward = Wrong().forward  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError) as caught:
-        examine(Means(), hungry, RunDirectory(tmp_path), seed=0, facts={})
-    assert not isinstance(caught.value, RobustlensError)
+    reading, _ = examine(Means(), hungry, RunDirectory(tmp_path), seed=0, facts={})
+    assert reading.outcome.status == "failed" and reading.outcome.why.startswith("RuntimeError: shape '[3, -1, 7]'")
+    (kept,) = (tmp_path / "errors").iterdir()
+    assert kept.name in reading.outcome.why and "Traceback" in kept.read_text() and "in forward" in kept.read_text()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from robustlens.core.rng import derive
+from robustlens.data.config import DataConfig
 from robustlens.data.sources import load
 from robustlens.results.errors import InputError, RunInUse
 from robustlens.results.reading import Reading
@@ -339,3 +340,9 @@ def test_weights_start_from_the_seed_whatever_the_method(tmp_path: Path) -> None
     with torch.random.fork_rng():
         torch.manual_seed(derive(0, "weights"))
         assert weights[0].equal(torch.nn.Linear(64, 8).weight.detach())
+
+
+def test_a_dictionary_is_a_study_and_a_name_is_data(tmp_path: Path) -> None:
+    (run,) = run_study(settings(seeds=[0], methods=[{"label": "plain"}]), tmp_path, device="cpu")
+    assert run.read_json("run.json")["label"] == "plain"
+    assert load("digits").train.fingerprint() == load(DataConfig(source="digits")).train.fingerprint()

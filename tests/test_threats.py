@@ -153,3 +153,16 @@ def test_bad_threats_say_what_to_do(text: str, expects: str) -> None:
     with pytest.raises(InputError, match="expected") as error:
         Lp.parse(text)
     assert expects in str(error.value)
+
+
+def test_radii_beyond_the_corners_of_the_box_are_refused() -> None:
+    """Two corners of 64 pixels are 1 apart in ℓ∞, 8 in ℓ2 and 64 in ℓ1."""
+    for norm, farthest in (("linf", 1.0), ("l2", 8.0), ("l1", 64.0)):
+        Lp(norm, farthest).require_fits((1, 8, 8))  # type: ignore[arg-type]
+    for text in ("l2:8.001", "l2:128", "l1:65"):
+        norm, _, radius = text.partition(":")
+        with pytest.raises(InputError, match=f'at most .* got .* write "{norm}:{radius}/255"') as caught:
+            Lp.parse(text).require_fits((1, 8, 8))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"expected a number, got '8/255'. Lp.parse\(\"linf:8/255\"\)"):
+        Lp("linf", "8/255")  # type: ignore[arg-type]

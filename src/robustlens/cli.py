@@ -134,7 +134,7 @@ def train(
         typer.Option(help='What the adversary may do: "l2:1.5", "linf:8/255", "l1:12".', show_default=USUAL),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=USUAL)] = None,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
     out: Runs = "runs",
     device: Device = "auto",
     overrides: Set = None,

@@ -132,8 +132,14 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
         for number, column in enumerate(summary.columns):
             shown.add_row(escape(column.title), *(escape(plain(row.cells[number])) for row in group))
         console.print(shown)
+    failed = {
+        (run.read_json("run.json")["label"], f"{r.lens} was not measured: {r.outcome.why}"): None
+        for run in runs
+        for r in run.readings()
+        if r.outcome.status == "failed"
+    }
     reasons = {(row.method, c.why): None for row in summary.rows for c in row.cells if c.status in DOUBTFUL}
-    for method, why in reasons:
+    for method, why in reasons | failed:
         console.print(f"⚠ {escape(method)}: {escape(why)}", soft_wrap=True)
 
 

@@ -14,6 +14,8 @@ from robustlens.core.types import Split, Splits
 from robustlens.data.splitting import SPLIT_SEED, share, stratified_order
 from robustlens.results.errors import InputError
 
+#: More classes than any data set has; a label beyond them is a mistake.
+MOST_CLASSES = 100_000
 #: Part of the training arrays that becomes the validation split where none is given.
 VALID_FRACTION = 0.1
 
@@ -167,8 +169,8 @@ def _labels(what: str, values: Any, images: int, count: int | None) -> Tensor:
             fix="Number the classes 0, 1, ….",
         )
     low, high = int(whole.min()), int(whole.max())
-    if low < 0 or (count is not None and high >= count):
-        last = "K-1" if count is None else str(count - 1)
+    if low < 0 or high >= (MOST_CLASSES if count is None else count):
+        last = str(count - 1) if count is not None else "K-1" if low < 0 else f"{MOST_CLASSES - 1:,} at most"
         raise InputError(
             what,
             expected=f"labels from 0 to {last}",

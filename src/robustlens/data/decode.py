@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Encoded:
             raise InputError(
                 self.where(row),
                 expected="an image that Pillow can read",
-                got=f"{type(error).__name__} ({' '.join(str(error).split())[:120]})",
+                got=f"{type(error).__name__} ({' '.join(re.sub(' <_io.BytesIO.*?>', '', str(error)).split())[:120]})",
                 fix="Replace or remove it.",
             ) from error
         image = image[None] if self.grey else image.transpose(2, 0, 1)
@@ -158,14 +159,33 @@ def _open(data: bytes, grey: bool) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def mostly_grey(read: Callable[[int], bytes], count: int) -> bool:
-    """Whether more than half of 65 images, evenly spread over ``count``, are grey-scale (unreadable ones count out)."""
-    votes = 0
+def decide_grey(name: str, splits: Mapping[str, tuple[Callable[[int], bytes], int]]) -> bool:
+    """Whether the data set ``name`` is grey-scale: most of its training images are. ``splits`` are readers and sizes.
+
+    Raises:
+        InputError: it is, but all images of another split are in colour.
+    """
+    grey, colour = _kinds(*splits["train"])
+    for split, parts in splits.items():
+        greys, colours = _kinds(*parts)
+        if grey > colour and colours and not greys:
+            raise InputError(
+                f"data set {name}",
+                expected=f"grey images in the {split} split, as the training images are",
+                got="colour images",
+                fix="Convert them, or the training images.",
+            )
+    return grey > colour
+
+
+def _kinds(read: Callable[[int], bytes], count: int) -> tuple[int, int]:
+    """Grey and colour images among 65, evenly spread over ``count`` (unreadable ones count out)."""
+    found = [0, 0]
     rows = np.unique(np.linspace(0, count - 1, min(count, 65)).astype(int))
     with _no_bombs():
         for row in rows:
             try:
-                votes += 1 if Image.open(io.BytesIO(read(int(row))), formats=FORMATS).mode in _GREY else -1
+                found[Image.open(io.BytesIO(read(int(row))), formats=FORMATS).mode not in _GREY] += 1
             except Exception:  # said with its place when it is decoded
                 continue
-    return votes > 0
+    return found[0], found[1]

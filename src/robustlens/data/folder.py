@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from robustlens.data.decode import Encoded, mostly_grey, read_image
+from robustlens.data.decode import Encoded, decide_grey, read_image
 from robustlens.data.raw import RawSplit, Source
 from robustlens.data.tables import SPLIT_NAMES
 from robustlens.results.errors import InputError, printable, unknown_name
@@ -43,9 +43,10 @@ def read_folder(directory: Path) -> Source:
                 raise unknown_name(f"class directory in {roots[split]}", name, classes)
         labels = torch.tensor([classes.index(name) for name, _ in items], dtype=torch.int64)
         splits[split] = labels, [path for _, path in items]
-    paths = splits["train"][1]
-    grey = mostly_grey(lambda row: read_image(paths[row]), len(paths))
-    raw = {split: RawSplit(labels, _encoded(files, grey)) for split, (labels, files) in splits.items()}
+    grey = decide_grey(directory.name, {split: (_read(files), len(files)) for split, (_, files) in splits.items()})
+    raw = {
+        split: RawSplit(labels, Encoded(_read(files), _where(files), grey)) for split, (labels, files) in splits.items()
+    }
     return Source(directory.name, raw, tuple(map(printable, classes)))
 
 
@@ -60,5 +61,9 @@ def _images(root: Path) -> list[tuple[str, Path]]:
     ]
 
 
-def _encoded(files: Sequence[Path], grey: bool) -> Encoded:
-    return Encoded(lambda row: read_image(files[row]), lambda row: str(files[row]), grey)
+def _read(files: Sequence[Path]) -> Callable[[int], bytes]:
+    return lambda row: read_image(files[row])
+
+
+def _where(files: Sequence[Path]) -> Callable[[int], str]:
+    return lambda row: str(files[row])

@@ -21,14 +21,15 @@ ROOT = "ROBUSTLENS_DATA"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 
 
-def load(config: DataConfig) -> Splits:
-    """The splits that ``config`` describes; only the images that it keeps are decoded.
+def load(config: DataConfig | str) -> Splits:
+    """The splits that ``config`` describes, or of the data set that it names; only images that are kept are decoded.
 
     Nothing but a Hub id that is not yet cached touches the network.
 
     Raises:
         InputError: an unknown source or class, damaged files or images, images of different sizes, an empty split.
     """
+    config = DataConfig(source=config) if isinstance(config, str) else config
     return assemble(config, open_source(config))
 
 

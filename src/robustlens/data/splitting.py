@@ -108,11 +108,12 @@ def _ordered(kind: str, source: Source, raw: RawSplit, keep: list[int], purpose:
     labels = renumbered[raw.labels]
     rows = (labels >= 0).nonzero().flatten()
     if not len(rows):
+        whose = "its" if len(keep) == len(source.classes) else "the chosen"
         raise InputError(
             f"data set {source.name}",
-            expected=f"examples of the chosen classes in the {kind} split",
+            expected=f"examples of {whose} classes in the {kind} split",
             got="none",
-            fix="Choose other classes, or correct the labels.",
+            fix="Choose other classes, or add examples.",
         )
     labels = labels[rows]
     order = stratified_order(labels, generator("cpu", SPLIT_SEED, "data", purpose))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from robustlens.data.decode import Encoded, mostly_grey, read_image
+from robustlens.data.decode import Encoded, decide_grey, read_image
 from robustlens.data.raw import RawSplit, Source
 from robustlens.results.errors import InputError, printable, unknown_name
 from robustlens.results.files import parse_json, read_table
@@ -156,7 +156,7 @@ def from_tables(
     names = names_of.get(label)
     values = list(range(len(names))) if names else _values(name, tables["train"][label])
     reads = {split: _reader(name, table[image], homes) for split, table in tables.items()}
-    grey = mostly_grey(reads["train"], len(tables["train"]))
+    grey = decide_grey(name, {split: (read, len(tables[split])) for split, read in reads.items()})
     splits = {}
     for split, table in tables.items():
         labels = _numbered(f"data set {name}, split {split}, column {label!r}", table[label], values)
@@ -178,7 +178,15 @@ def _values(name: str, column: pa.ChunkedArray) -> list[Any]:
             got=f"labels of type {kind}",
             fix="Set label_column to a column of integers or strings.",
         )
-    return sorted(pc.unique(column).drop_null().to_pylist())
+    values = sorted(pc.unique(column).drop_null().to_pylist())
+    if values and not isinstance(values[0], str) and values[0] < 0:
+        raise InputError(
+            f"data set {name}",
+            expected="class numbers from 0 on",
+            got=f"the label {values[0]}",
+            fix="It often means that an image has no label: remove those rows.",
+        )
+    return values
 
 
 def _numbered(what: str, column: pa.ChunkedArray, values: list[Any]) -> Tensor:

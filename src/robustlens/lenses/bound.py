@@ -356,7 +356,10 @@ def _lemma_table(lemma: Walk, near: Nearest, layers: Sequence[Layer]) -> Table:
         ("linear pieces", len(lemma.bends) + 1),
         ("part of the way to the boundary", lemma.reached),
         ("relative residual", lemma.residual),
-        ("log10 of: change of the logits / change of the image", log10(float(lemma.direct.norm()) / length)),
+        (
+            "log10 of: change of the logits / change of the image",
+            log10(float(lemma.direct.norm()) / length) if length else None,
+        ),
         ("log10 of the product of the largest singular values", sum(log10(layer.largest) for layer in layers)),
     )
     return Table("Lemma 4.1 on the way to the nearest boundary", ("measure", "value"), rows)

@@ -136,7 +136,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise InputError(str(path), expected="a file of weights", got="no such file", fix="Check the path.")
+        got = "a directory" if os.path.isdir(path) else "no such file"
+        raise InputError(str(path), expected="a file of weights", got=got, fix="Check the path.")
     readers = {".safetensors": _read_safetensors, ".pt": _read_torch, ".pth": _read_torch}
     if path.suffix not in readers:
         raise InputError(
@@ -255,6 +256,11 @@ def check_model(
         model = model.to(device)
     x = _probe(shape, next((p.device for p in model.parameters()), torch.device(device or "cpu")))
     out = _output(model, x)
+    if out.dtype != x.dtype:
+        raise InputError(
+            "model", expected=f"{x.dtype} logits", got=str(out.dtype), fix="End its forward pass with .float()."
+        )
+    _check_alone(model, x[:1], out)
     if classes == 2 and out.shape in ((len(x),), (len(x), 1)):
         _check_values(out)
         far = _output(model, FAR * torch.cat([x, -x]))
@@ -275,6 +281,23 @@ def check_model(
     return model
 
 
+def _check_alone(model: nn.Module, x: Tensor, out: Tensor) -> None:
+    """Refuse a network that answers one image ``x`` (1, C, H, W) otherwise than several, to which it said ``out``."""
+    wanted = (1, *out.shape[1:])
+    try:
+        shape = tuple(_output(model, x).shape)
+        got = "" if shape == wanted or (shape == () and out.dim() == 1) else f"shape {shape}"
+    except InputError as error:
+        got = error.got
+    if got:
+        raise InputError(
+            "model",
+            expected=f"an output of shape {wanted} for one image, as it is {tuple(out.shape)} for {len(out)}",
+            got=got,
+            fix="Batches have any size: write no number of images into it, and squeeze named dimensions alone.",
+        )
+
+
 def _probe(shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """Four noisy images (4, C, H, W), the same every time."""
     return torch.rand(4, *shape, generator=Generator().manual_seed(0)).to(device)
@@ -290,7 +313,7 @@ def _output(model: nn.Module, x: Tensor) -> Tensor:
                 "model",
                 expected=f"a forward pass on images of shape {tuple(x.shape)}",
                 got=_line(error),
-                fix="Check that channels and size of the images are those that the network was made for.",
+                fix="Check that channels, size and precision (float32) of the images are those that it was made for.",
             ) from error
     if not isinstance(out, Tensor):
         raise InputError(
@@ -326,44 +349,6 @@ def _probabilities(got: str, layer: str) -> InputError:
         got=f"what looks like probabilities: {got}",
         fix=f"Remove the last {layer}: attacks and margins need what comes before it.",
     )
-
-
-def check_images(images: Tensor) -> None:
-    """Raise InputError unless ``images`` is (N, C, H, W), uint8 or float in [0, 1], with N ≥ 1 and without NaN."""
-    if images.dim() != 4 or len(images) == 0:
-        raise InputError(
-            "images",
-            expected="one image or more, shape (N, C, H, W)",
-            got=f"shape {tuple(images.shape)}",
-            fix="Add the missing axis with unsqueeze, or leave out the surplus one.",
-        )
-    if images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
-        raise InputError(
-            "images",
-            expected="channels first, shape (N, C, H, W)",
-            got=f"shape {tuple(images.shape)}, which looks like channels last",
-            fix="Use images.permute(0, 3, 1, 2).",
-        )
-    if images.dtype == torch.uint8:
-        return
-    if not images.is_floating_point():
-        raise InputError(
-            "images", expected="uint8, or float in [0, 1]", got=str(images.dtype), fix="Use images.float() / 255."
-        )
-    if not bool(torch.isfinite(images).all()):
-        raise InputError(
-            "images", expected="finite pixels", got="NaN or infinity", fix="Remove or repair those images."
-        )
-    low, high = (float(value) for value in images.aminmax())
-    if low >= 0 and high <= 1:
-        return
-    if low < 0:
-        got, fix = "normalised data?", "Give the images in [0, 1] and put mean/std inside the model with mean=…, std=…."
-    elif high > 2:
-        got, fix = "0–255?", "Divide by 255, or give uint8."
-    else:
-        got, fix = "overshoot of a resize?", "Use images.clamp(0, 1)."
-    raise InputError("images", expected="pixels in [0, 1]", got=f"[{low:.4g}, {high:.4g}] ({got})", fix=fix)
 
 
 def _line(error: Exception) -> str:

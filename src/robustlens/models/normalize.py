@@ -62,8 +62,8 @@ class Normalized:
         """The first layer of a network for images with ``channels`` channels.
 
         Raises:
-            InputError: constants for another number of channels, a deviation that is not positive, or
-                ``per_image`` together with constants.
+            InputError: constants for another number of channels or outside [0, 1], a deviation that is not positive,
+                or ``per_image`` together with constants.
         """
         if not self.mean and not self.std:
             return ImageStandardize() if self.per_image else nn.Identity()
@@ -82,6 +82,13 @@ class Normalized:
                     expected=f"1 value or {channels} (one a channel)",
                     got=str(len(values)),
                     fix="Give one value for every channel of the images.",
+                )
+            if not all(0 <= value <= 1 for value in values):
+                raise InputError(
+                    field,
+                    expected="statistics of pixels in [0, 1]",
+                    got=str(values),
+                    fix="Divide those of 0–255 pixels by 255.",
                 )
         if not all(value > 0 for value in std):
             raise InputError("std", expected="positive values", got=str(std), fix="Give the deviation of each channel.")

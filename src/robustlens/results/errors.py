@@ -24,7 +24,9 @@ class InputError(RobustlensError, ValueError):
 
     def __init__(self, what: str, *, expected: str, got: str, fix: str) -> None:
         what, got = shortened(what), shortened(got)
-        super().__init__(printable(" ".join(f"{what}: expected {expected}, got {got}. {fix}".split())))
+        super().__init__(
+            printable(" ".join(f"{what}: expected {expected}, got {got.rstrip('.') or '.'}. {fix}".split()))
+        )
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from robustlens.results.errors import InputError, unknown_name
 from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
-from robustlens.studies.examine import examine, held, takes_part
+from robustlens.studies.examine import examine, held, require_radii, takes_part
 from robustlens.studies.plan import run_directory
 from robustlens.studies.robustbench import robustbench_record
 from robustlens.studies.run import pick_device, provenance
@@ -78,6 +78,8 @@ def audit(
     chosen = (*chosen, *([StandardAccuracy()] if standard else []))
     model = as_module(model)
     subject = _subject(model, data, threat, device)
+    for lens in chosen:
+        require_radii(lens, subject.threat, subject.splits.shape)
     with _modes_kept(model):
         return _looked(subject, chosen, label, Path(out), seed, watch)
 
@@ -100,8 +102,15 @@ def estimate(
 
 def _subject(model: nn.Module, data: Splits | Arrays, threat: str | Lp, device: str) -> Subject:
     place = pick_device(device)
+    if not isinstance(data, Splits) and not (isinstance(data, tuple | list) and len(data) == 2):
+        raise InputError("data", expected="splits, or (images, labels)", got=type(data).__name__, fix="Give a pair.")
     splits = (data if isinstance(data, Splits) else from_arrays(test=data)).to(place)
     threat = Lp.parse(threat) if isinstance(threat, str) else threat
+    if not isinstance(threat, Lp):
+        raise InputError(
+            "threat", expected='a norm and a radius, such as "linf:8/255"', got=repr(threat), fix="Write it so."
+        )
+    threat.require_fits(splits.shape)
     return Subject(check_model(model.to(place), splits.shape, len(splits.classes)), splits, threat, place)
 
 

@@ -71,7 +71,7 @@ def run_study_on_ray(
     pick_device("cpu" if device.startswith("cuda") else device)  # the GPUs are the nodes'
     splits = load(study.data)
     for run in plan.runs:
-        rehearse(run, splits)
+        rehearse(run, splits, plan.lenses)
     prints = _fingerprints(splits)
     out = str(out) if is_remote(out) else Path(out).resolve()
     with connected(address) as ray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from robustlens.core.discovery import discover
 from robustlens.core.modes import evaluating
 from robustlens.core.passes import Passes
 from robustlens.core.types import Lens, Subject
+from robustlens.results.errors import unknown_name
 
 Depth = Literal["quick", "full"]
 
@@ -23,6 +24,8 @@ def lenses_at(depth: Depth) -> tuple[Lens, ...]:
 
     A lens that says ``on_request = True`` is left out.
     """
+    if depth not in get_args(Depth):
+        raise unknown_name("depth", str(depth), get_args(Depth))
     found: list[Lens] = []
     for cls in discover("lens").values():
         if getattr(cls, "on_request", False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,17 +13,18 @@ from typing import Any
 
 from robustlens.core.discovery import describe
 from robustlens.core.rng import generator
-from robustlens.core.types import Lens, Resumable, Subject
+from robustlens.core.types import Lens, Resumable, Subject, Threat
 from robustlens.core.world import joined
 from robustlens.models.adapter import load_weights
 from robustlens.models.foreign import is_script
 from robustlens.results.errors import DamageWarning, InputError, RobustlensError
 from robustlens.results.reading import Outcome, Reading
-from robustlens.results.store import RunDirectory, read_reading
+from robustlens.results.store import RunDirectory, read_reading, write_atomically
 from robustlens.studies.epochs import Scheduled, side_by_side
 from robustlens.studies.memory import within_memory
 from robustlens.studies.plan import PlannedRun
 from robustlens.studies.watch import SilentStudy, StudyWatch
+from robustlens.threats.lp import Lp
 
 
 def examine(
@@ -41,7 +43,8 @@ def examine(
     runs out of memory looks again at fewer images at a time.
 
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
-    others go on.
+    others go on. So it does where a lens or somebody's network ends in an error of another kind, which is kept with
+    its traceback in the run directory.
     """
     path = _reading_path(lens, subject, directory, seed, facts)
     there = _finished(path)
@@ -64,14 +67,29 @@ def examine(
             reading = within_memory(lens, look)
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
-    except RuntimeError as error:
-        if not script:
-            raise
-        why = f"PyTorch cannot do this with TorchScript ({str(error).strip().splitlines()[-1]}). Use torch.export."
+    except Exception as error:  # of anybody's network, which can do anything
+        kept = directory.path / "errors" / f"{path.name}.txt"
+        write_atomically(kept, traceback.format_exc().encode())
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (the rest is in {kept.name})."
+        if script and isinstance(error, RuntimeError):
+            why = f"PyTorch cannot do this with TorchScript ({str(error).strip().splitlines()[-1]}). Use torch.export."
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(why), settings=describe(lens))
     if joined().leads or not isinstance(lens, Resumable):
         directory.write_reading(path, reading)
     return reading, False
+
+
+def require_radii(lens: Lens, threat: Threat, shape: tuple[int, int, int]) -> None:
+    """Refuse radii of ``lens`` that the threat of its attack, else ``threat``, cannot have for images of ``shape``.
+
+    Raises:
+        InputError: a radius that is out of range or in other units.
+    """
+    attack = getattr(lens, "attack", None)
+    own = threat if attack is None else attack.threat
+    if isinstance(own, Lp):
+        for eps in (own.eps, *(getattr(lens, "radii", None) or ())):
+            own.with_eps(eps).require_fits(shape)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from robustlens.models.adapter import check_model, load_weights
 from robustlens.results.errors import InputError, RobustlensError
 from robustlens.results.mirror import Mirror, connect, is_remote, scratch
 from robustlens.results.store import RunDirectory
-from robustlens.studies.config import StudyConfig
-from robustlens.studies.examine import examine, examine_epochs, held, takes_part
+from robustlens.studies.config import StudyConfig, make_study
+from robustlens.studies.epochs import Scheduled
+from robustlens.studies.examine import examine, examine_epochs, held, require_radii, takes_part
 from robustlens.studies.plan import Plan, PlannedRun, make_plan, run_directory, slug
 from robustlens.studies.tracking import Tracker, find_trackers, study_log
 from robustlens.studies.watch import SilentStudy, StudyWatch, Watches
+from robustlens.threats.lp import Lp
 from robustlens.train.loop import train
 
 
@@ -61,7 +63,7 @@ class Pushing(SilentStudy):
 
 
 def run_study(
-    study: StudyConfig,
+    study: StudyConfig | Mapping[str, Any],
     out: str | Path = "runs",
     *,
     device: str = "auto",
@@ -76,10 +78,13 @@ def run_study(
     processes that torchrun started (``core.world.together``) share every batch of the trainings and look through
     different lenses; their leader alone tells ``watch`` and trackers.
 
+    ``study`` may be a dictionary of what a study's file holds.
+
     Raises:
         InputError: something in the study cannot be used, or another process works in a run directory.
         TrainingStopped: a run diverged.
     """
+    study = study if isinstance(study, StudyConfig) else make_study(study)
     plan, place, world = make_plan(study), pick_device(device), joined()
     trackers = find_trackers(track) if world.leads else ()
     if world.size > 1 and is_remote(out):
@@ -88,7 +93,7 @@ def run_study(
         )
     splits = load(study.data).to(place)
     for run in plan.runs:
-        rehearse(run, splits)
+        rehearse(run, splits, plan.lenses)
     with study_log(out, study.name) if world.leads else nullcontext() as log:
         watches = [Watches(*([log.of(run)] if log else []), watch or SilentStudy()) for run in plan.runs]
         return [carry_out(plan, number, splits, out, each, trackers=trackers) for number, each in enumerate(watches)]
@@ -165,12 +170,17 @@ def directory_of(run: PlannedRun, out: str | Path, study: StudyConfig) -> RunDir
     return run_directory(Path(out) / slug(study.name), run.label, run.seed, run.hash)
 
 
-def rehearse(run: PlannedRun, splits: Splits) -> None:
+def rehearse(run: PlannedRun, splits: Splits, lenses: Sequence[Scheduled]) -> None:
     """One step and one validation on a few images with a network that is thrown away, before anything is written.
 
     Raises:
-        InputError: network, augmentation, objective or validation do not fit the data or each other.
+        InputError: network, augmentation, objective, validation or radii do not fit the data or each other.
     """
+    for threat in (run.threat, run.validation.threat):
+        if isinstance(threat, Lp):
+            threat.require_fits(splits.shape)
+    for scheduled in lenses:
+        require_radii(scheduled.lens, run.threat, splits.shape)
     device = splits.test.labels.device
     gen = generator(device, run.seed, "rehearsal")
     with torch.random.fork_rng():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -45,6 +46,13 @@ class Lp:
         if self.norm not in NORMS:
             raise unknown_name("norm", str(self.norm), NORMS)
         what = f"{self.norm} radius"
+        if not isinstance(self.eps, int | float):
+            raise InputError(
+                what,
+                expected="a number",
+                got=repr(self.eps),
+                fix=f'Lp.parse("{self.norm}:8/255") reads fractions.',
+            )
         if not 0 <= self.eps < float("inf"):
             raise InputError(
                 what, expected="a finite number ≥ 0", got=str(self.eps), fix='Write for example "linf:8/255".'
@@ -62,6 +70,22 @@ class Lp:
                 expected=f"at most {LARGEST[self.norm]:.0f}, the size of the box",
                 got=f"{self.eps:g}",
                 fix="Give the radius in units of pixels in [0, 1], not 0–255.",
+            )
+
+    def require_fits(self, shape: tuple[int, int, int]) -> None:
+        """Refuse a radius beyond the diameter of the box for images (C, H, W) of ``shape``: it is in other units.
+
+        Raises:
+            InputError: says so.
+        """
+        side, values = self.high - self.low, math.prod(shape)
+        diameter = {"linf": side, "l2": side * math.sqrt(values), "l1": side * values}[self.norm]
+        if self.eps > diameter * (1 + 1e-6):
+            raise InputError(
+                f"{self.norm} radius",
+                expected=f"at most {diameter:.4g}, the distance of two corners for images of {shape}",
+                got=f"{self.eps:g}",
+                fix=f'If this is in 0–255 units, write "{self.norm}:{self.eps:g}/255".',
             )
 
     @classmethod
