@@ -1,7 +1,8 @@
 """The smallest adversarial change by FMN and DDN, beside adversarial-library and foolbox where they are installed.
 
 Equal numbers of gradient steps, each library's own defaults otherwise. A row divides our seconds by theirs; its note
-tells how far the median image had to move in both, failures counted as ∞, and how many images each broke.
+tells how far the median image had to move in both, failures counted as ∞, and how many images each broke. Foolbox's
+Brendel-Bethge attack, which walks along the boundary, takes part where numba is installed.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def contests(peer: str, steps: int) -> Iterator[tuple[str, Attack, Peer]]:
         yield f"FMN-{steps} ℓ2", fmn2, lambda bench: foolish(kinds.L2FMNAttack, bench)
         yield f"FMN-{steps} ℓ∞", fmn_inf, lambda bench: foolish(kinds.LInfFMNAttack, bench)
         yield f"DDN-{steps} ℓ2", ddn, lambda bench: foolish(kinds.DDNAttack, bench)
+        if installed("numba"):
+            walk = kinds.L2BrendelBethgeAttack
+            yield f"DDN-{steps} ℓ2 beside Brendel-Bethge", ddn, lambda bench: foolish(walk, bench)
     else:
         from adv_lib import attacks
 
