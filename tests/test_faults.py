@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -24,6 +25,8 @@ from test_resume import same, timeless
 from test_store import full_reading
 from test_study import carry_out
 
+from robustlens.attacks.fgsm import FGSM
+from robustlens.constraints.parseval import Parseval
 from robustlens.core.signals import Terminated, heeded, whole
 from robustlens.results.errors import InputError
 from robustlens.results.reading import Reading
@@ -78,6 +81,36 @@ def test_a_signal_in_the_middle_of_a_step_saves_behind_it(
     run_case(case, tmp_path, watch)
     assert watch.steps == list(range(stop + 1, TOTAL + 1))
     same(tmp_path, uninterrupted[case])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_signal_in_a_validation_saves_what_is_validated(
+    constrained: bool, case: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epoch's steps are safe, its constraint is not applied twice, and the validation is run again."""
+    recipe, settings = CASES[case]
+    constraint = Parseval(beta=0.3, every="epoch")
+    recipe = dataclasses.replace(recipe, constraints=(constraint,) if constrained else ())
+    monkeypatch.setitem(CASES, case, (recipe, settings.model_copy(update={"checkpoint_seconds": 1e9})))  # type: ignore[arg-type]
+    run_case(case, tmp_path / "expected")
+    perturb, epoch = FGSM.perturb, settings.validate_every
+
+    def kill_within(*arguments: Any, **named: Any) -> Any:
+        found = perturb(*arguments, **named)
+        os.kill(os.getpid(), number)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FGSM, "perturb", kill_within)
+        with heeded(), pytest.raises((Terminated, KeyboardInterrupt)):
+            run_case(case, tmp_path / "found")
+    assert steps_of_state(tmp_path / "found") == STEPS * epoch
+    watch = Counting()
+    run_case(case, tmp_path / "found", watch)
+    assert watch.steps == list(range(STEPS * epoch + 1, TOTAL + 1))
+    same(tmp_path / "found", tmp_path / "expected")
 
 
 def test_a_signal_waits_for_what_is_whole() -> None:

@@ -92,7 +92,7 @@ def test_search_loss_and_weight_gradient_against_the_algorithm(
         y[:3] = (y[:3] + 1) % 4
         model[1].weight *= 8
     wrong = [i for i in range(12) if float(slm(model(x[i][None])[0], int(y[i])).detach()) >= 0]
-    right = torch.tensor([i for i in range(12) if i not in wrong])
+    right = [i for i in range(12) if i not in wrong]
     threat = Lp(norm, d_max)
     memory = torch.linspace(0.5, 1.5, 12, dtype=torch.float64) * radius
     method = MMA(threat=threat, min_eps=0.7 * radius, clean_weight=c)
@@ -100,11 +100,11 @@ def test_search_loss_and_weight_gradient_against_the_algorithm(
     crafted = method.craft(model, batch, gen=gen(4))
     terms = method.loss(model, crafted)
 
-    noise = Lp(norm, 1.0).noise(x[right], gen(4))
+    noise = Lp(norm, 1.0).noise(x, gen(4))
     found = {}
-    for i, direction in zip(right.tolist(), noise, strict=True):
+    for i in right:
         last = max(float(memory[i]), 0.7 * radius)
-        found[i] = printed_search(model, x[i], int(y[i]), direction, threat, last, method.steps)
+        found[i] = printed_search(model, x[i], int(y[i]), noise[i], threat, last, method.steps)
         assert float(crafted.notes["distance"][i]) == pytest.approx(found[i][1], abs=1e-9)
         assert torch.allclose(crafted.x_adv[i], found[i][0], rtol=0, atol=1e-9)
     near = [i for i in found if found[i][1] < d_max]

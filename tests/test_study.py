@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from robustlens.core.discovery import build
 from robustlens.core.rng import derive
 from robustlens.data.config import DataConfig
 from robustlens.data.sources import load
@@ -346,3 +347,20 @@ def test_a_dictionary_is_a_study_and_a_name_is_data(tmp_path: Path) -> None:
     (run,) = run_study(settings(seeds=[0], methods=[{"label": "plain"}]), tmp_path, device="cpu")
     assert run.read_json("run.json")["label"] == "plain"
     assert load("digits").train.fingerprint() == load(DataConfig(source="digits")).train.fingerprint()
+
+
+def test_lenses_see_the_middle_of_training_images_that_training_crops(tmp_path: Path) -> None:
+    """A network for 20×20 images, which training cuts out of 28×28 at random."""
+    data = {"source": "mnist5k", "train": 60, "valid": 20, "test": 60, "size": 20, "train_size": 28}
+    training = {"epochs": 1, "batch_size": 20, "augment": [{"name": "random-resized-crop", "size": 20}]}
+    gap = {"name": "generalisation-gap", "n_examples": 100}
+    changes = {"data": data, "training": training, "lenses": [gap], "seeds": [0], "methods": [{"label": "plain"}]}
+    ((run,), _) = carry_out(tmp_path, **changes, model="lenet-small")
+    (reading,) = run.readings()
+    splits = load(DataConfig(**data))
+    middle = splits.as_tested().train.images
+    assert torch.equal(middle, splits.train.images[:, :, 4:24, 4:24]) and splits.test.images.shape[1:] == (1, 20, 20)
+    model = build("model", "lenet-small").build((1, 20, 20), 10)
+    model.load_state_dict(load_file(run.path / "last.safetensors"))
+    wrong = (model.eval()(middle / 255).argmax(1) != splits.train.labels).double().mean()
+    assert reading.outcome.status == "ok" and reading["error, train"].value == pytest.approx(float(wrong))

@@ -11,8 +11,10 @@ import shared_runs
 import torch
 from safetensors.torch import load_file
 from shared_runs import PROCESSES, carry_out, cases
+from torch import nn
 
-from robustlens.core.world import World
+from robustlens.core.world import SynchronisedBatchNorm, World, one_batch
+from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory
 
 #: One worker trains them all, where tests are shared out (pytest-xdist, --dist loadgroup).
@@ -46,3 +48,21 @@ def test_two_processes_train_what_one_trains(case: str, shared: tuple[int, Path]
         assert other.keys() == one.keys()
         for key in one.keys() - {"seconds"}:
             assert other[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
+
+
+class Own(nn.BatchNorm2d):
+    """A BatchNorm of the user's own, which may compute anything."""
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.BatchNorm3d(4), nn.SyncBatchNorm(4), Own(4)])
+def test_a_batch_norm_that_cannot_be_synchronised_is_refused(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(layer))
+    words = rf"with the layer '1.0': expected torch.nn.BatchNorm2d itself, got .*{type(layer).__name__}\. Set it to"
+    with pytest.raises(InputError, match=words), one_batch(model, World(0, 2), synchronised=True):
+        pass
+    assert type(model[0]) is nn.BatchNorm2d
+    for world, synchronised in ((World(0, 2), False), (World(), True)):
+        with one_batch(model, world, synchronised=synchronised):
+            assert type(model[0]) is nn.BatchNorm2d
+    with one_batch(model[:1], World(0, 2), synchronised=True):
+        assert type(model[0]) is SynchronisedBatchNorm

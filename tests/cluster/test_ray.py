@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from small_cluster import Place, alive, by_label, finished, same, until
 
 from robustlens.results.mirror import connect
@@ -69,6 +71,24 @@ def test_a_cancelled_study_and_one_whose_driver_is_killed_go_on(place: Place, he
     for label in ("plain", "fast"):
         assert place.numbers(label) == [1, 2, 3]
         same(runs[label], here[label])
+
+
+def test_a_training_that_is_cancelled_between_two_checkpoints_saves_its_steps(
+    place: Place, here: dict[str, RunDirectory]
+) -> None:
+    place.mark("pause-plain-1")
+    slowly = ("--set", "training.checkpoint_seconds=1000")
+    driver = place.start("plain", options=slowly)
+    until((place.path / "paused").exists, "the run is in the second step of its second epoch")
+    driver.send_signal(signal.SIGTERM)
+    finished(driver, 130)
+    (state,) = (place.path / "runs").glob("*/*/state.safetensors")
+    with safe_open(state, framework="pt") as content:
+        progress = json.loads(content.metadata()["facts"])["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 2)
+    (place.path / "pause-plain-1").unlink()
+    finished(place.start("plain", options=slowly))
+    same(by_label(find_runs([place.path / "runs"]))["plain"], here["plain"])
 
 
 def test_runs_are_in_a_store_and_a_retry_need_not_wait_for_the_lease_of_the_dead(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small_cluster import by_label, settings
 
@@ -143,6 +147,149 @@ def test_killed_with_its_processes_it_goes_on(file: Path, tmp_path: Path) -> Non
     assert states, "it ended before it was stopped"
     end(start(file, out, *slowly))
     assert {run.metrics()[-1]["epoch"] for run in find_runs([out])} == {60}
+
+
+STEPS = 75
+FOLLOW = """
+import time
+from pathlib import Path
+from robustlens.studies.watch import SilentStudy
+
+class Follow(SilentStudy):
+    def __init__(self, run, directory): ...
+    def step(self, done, total, loss):
+        with Path("steps").open("a") as file:
+            file.write(".")
+        time.sleep(0.02)
+"""
+
+
+def processes(torchrun: int) -> dict[int, int]:
+    """The process of every rank."""
+    found = {}
+    for child in map(int, Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()):
+        said = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(each.removeprefix(b"RANK=")): child for each in said if each.startswith(b"RANK=")}
+    return found
+
+
+def reached(state: Path) -> tuple[int, int]:
+    """Epochs and steps that are safe."""
+    with safe_open(state, framework="pt") as content:
+        progress = json.loads(content.metadata()["facts"])["progress"]
+    return progress["epoch"], progress["step"]
+
+
+@pytest.mark.parametrize(("method", "first"), [("plain", 1), ("free", 0)])
+def test_signals_that_come_one_after_the_other_end_all_at_the_same_step(
+    method: str, first: int, tmp_path: Path
+) -> None:
+    """In the middle of an epoch, without checkpoints before: the rest is bit-identical."""
+    process, out = midway(tmp_path, method, checkpoint_seconds=1e9)
+    ranks = processes(process.pid)
+    for rank in (first, 1 - first):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks[rank], signal.SIGTERM)
+        time.sleep(0.2)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Stopped. Run the same command again" in said
+    assert "Connection closed" not in said, said
+    assert not list(out.glob("*/*/state.previous.safetensors")), "there was a checkpoint before"
+    goes_on(tmp_path)
+
+
+def test_a_killed_process_ends_all_and_they_go_on(tmp_path: Path) -> None:
+    process, _ = midway(tmp_path, "plain", checkpoint_seconds=0)
+    os.kill(processes(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    goes_on(tmp_path)
+
+
+def midway(place: Path, method: str, *, checkpoint_seconds: float) -> tuple[subprocess.Popen[str], Path]:
+    """Two processes in the middle of the first of two epochs, and where they write; ``whole`` is the whole training."""
+    chosen = {**settings("plain"), "model": "softmax-regression", "lenses": []}
+    chosen["data"] = {"source": "digits", "train": 4 * STEPS, "valid": 20, "test": 30}
+    chosen["training"] = {"epochs": 2, "batch_size": 4, "validate_every": 2, "checkpoint_seconds": checkpoint_seconds}
+    if method == "free":  # which keeps rows on every process
+        chosen["methods"] = [{"label": "free", "update": {"name": "free", "threat": "linf:0.1", "replays": 2}}]
+    file, out, seen = place / "study.toml", place / "stopped", place / "steps"
+    file.write_text(write_study(make_study(chosen)))
+    (place / "follow.py").write_text(FOLLOW)
+    end(start(file, place / "whole"))
+    process = start(file, out, "--track", "follow:Follow")
+    while not seen.exists() or seen.stat().st_size < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process, out
+
+
+def goes_on(place: Path) -> None:
+    """What ``midway`` began has a state in the middle of its epoch, and ends with the weights of the whole training."""
+    out = place / "stopped"
+    (state,) = out.glob("*/*/state.safetensors")
+    epoch, step = reached(state)
+    assert epoch == 0 and 5 <= step < STEPS
+    end(start(place / "study.toml", out))
+    for name in ("last", "best"):
+        (found,), (expected,) = (each.glob(f"*/*/{name}.safetensors") for each in (out, place / "whole"))
+        assert found.read_bytes() == expected.read_bytes()
+
+
+VALIDATED = """
+import os
+import signal
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from robustlens.attacks.fgsm import FGSM
+from robustlens.core.signals import heeded
+from robustlens.core.types import Split, Splits
+from robustlens.core.world import joined, together
+from robustlens.objectives.standard import Standard
+from robustlens.results.store import RunDirectory
+from robustlens.threats.lp import Lp
+from robustlens.train.config import TrainingConfig
+from robustlens.train.loop import train
+from robustlens.train.recipe import Recipe
+from robustlens.updates.free import Free
+
+
+class Stopped(FGSM):
+    calls = 0
+    def perturb(self, *arguments, **named):
+        Stopped.calls += 1
+        if Stopped.calls == 2 and joined().rank == 1 and "stop" in sys.argv:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert Stopped.calls < 3 or "stop" not in sys.argv, "all leave the validation before its third batch"
+        return super().perturb(*arguments, **named)
+
+
+with heeded(), together("cpu"):
+    torch.manual_seed(0)
+    parts = [Split(torch.rand(n, 1, 4, 4), torch.arange(n) % 3) for n in (20, 600, 10)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    recipe = Recipe(objective=Standard(), update=Free(threat=Lp("linf", 0.1), replays=2))
+    config, run = TrainingConfig(epochs=2, batch_size=4), RunDirectory(Path(sys.argv[1]))
+    train(model, Splits("made-up", *parts, classes=tuple("abc")), recipe, config, seed=0, run=run,
+          validation=Stopped(threat=Lp("linf", 0.1)), world=joined())
+"""
+
+
+def test_a_signal_to_one_process_in_a_validation_ends_all(tmp_path: Path) -> None:
+    """They save what is validated, with the rows that each of them has."""
+    script = tmp_path / "validated.py"
+    script.write_text(VALIDATED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    stopped = subprocess.run([*command, str(tmp_path / "both"), "stop"], timeout=240, capture_output=True, text=True)
+    assert stopped.returncode != 0 and "Error:" not in stopped.stderr.replace("ChildFailedError:", ""), stopped.stderr
+    assert reached(tmp_path / "both" / "state.safetensors") == (0, 5)
+    for out in ("both", "whole"):
+        subprocess.run([*command, str(tmp_path / out)], timeout=240, check=True)
+    for name in ("last", "best"):
+        both, whole = ((tmp_path / out / f"{name}.safetensors").read_bytes() for out in ("both", "whole"))
+        assert both == whole
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(file: Path, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def whole() -> Iterator[None]:
         _end(_pending)
 
 
+def asked() -> bool:
+    """Whether a signal waits for the end of the ``whole`` section that the process is in."""
+    return bool(_pending)
+
+
 def _heed(number: int, frame: FrameType | None) -> None:
     global _pending, _asked
     if number != signal.SIGALRM:

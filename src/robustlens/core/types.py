@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -137,6 +138,15 @@ class Splits:
 
     def to(self, device: torch.device | str) -> Splits:
         return Splits(self.name, self.train.to(device), self.valid.to(device), self.test.to(device), self.classes)
+
+    def as_tested(self) -> Splits:
+        """With the middle of training images that are larger than the test images, to be cropped at random."""
+        (_, h, w), (height, width) = self.shape, self.train.images.shape[2:]
+        top, left = (height - h) // 2, (width - w) // 2
+        if min(top, left) < 0 or (height, width) == (h, w):
+            return self
+        middle = self.train.images[..., top : top + h, left : left + w]
+        return dataclasses.replace(self, train=Split(middle, self.train.labels))
 
 
 @runtime_checkable

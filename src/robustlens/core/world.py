@@ -180,7 +180,18 @@ def one_batch(model: nn.Module, world: World, *, synchronised: bool) -> Iterator
     """Inside, layers that look across a batch or draw for it see the whole of it.
 
     Dropout always; BatchNorm where it is ``synchronised``, else each process normalises by its own examples.
+
+    Raises:
+        InputError: a BatchNorm that cannot be ``synchronised``.
     """
+    for name, module in model.named_modules() if world.size > 1 and synchronised else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) is not nn.BatchNorm2d:
+            raise InputError(
+                f'training.batch_norm = "synchronised" with the layer {name!r}',
+                expected="torch.nn.BatchNorm2d itself",
+                got=f"{type(module).__module__}.{type(module).__qualname__}",
+                fix='Set it to "local", give the network BatchNorm2d there, or train in one process.',
+            )
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     for module in model.modules() if world.size > 1 else ():
         if type(module) is nn.Dropout:

@@ -168,20 +168,21 @@ class _BoundarySearch:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         with torch.no_grad():
             right = (soft_logit_margin(model(x), y) < 0).nonzero()[:, 0]
+        noise = self.unit.noise(x, gen)  # for the wrong ones too: what an example draws depends on no other
         if len(right) == 0:
             return x
-        direction, size = self._direction(model, x[right], y[right], self.radius[right], gen)
+        direction, size = self._direction(model, x[right], y[right], self.radius[right], noise[right])
         distance = self._bisect(model, x[right], y[right], direction, size)
         self.distance = self.distance.index_copy(0, right, distance)
         return x.index_copy(0, right, self._along(x[right], direction, distance))
 
     def _direction(
-        self, model: nn.Module, x: Tensor, y: Tensor, radius: Tensor, gen: Generator
+        self, model: nn.Module, x: Tensor, y: Tensor, radius: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Where PGD moves each x in its own ball: a direction of unit size, and how far (B,)."""
+        """Where PGD moves each x in its own ball from its ``noise``: a direction of unit size, and how far (B,)."""
         r = radius[:, None, None, None]
         origin = torch.zeros_like(x)
-        point = self._boxed(x + r * self.unit.noise(x, gen))
+        point = self._boxed(x + r * noise)
         for _ in range(self.steps):
             point = point.detach().requires_grad_()
             with torch.enable_grad():

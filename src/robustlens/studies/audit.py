@@ -104,7 +104,7 @@ def _subject(model: nn.Module, data: Splits | Arrays, threat: str | Lp, device: 
     place = pick_device(device)
     if not isinstance(data, Splits) and not (isinstance(data, tuple | list) and len(data) == 2):
         raise InputError("data", expected="splits, or (images, labels)", got=type(data).__name__, fix="Give a pair.")
-    splits = (data if isinstance(data, Splits) else from_arrays(test=data)).to(place)
+    splits = (data if isinstance(data, Splits) else from_arrays(test=data)).to(place).as_tested()
     threat = Lp.parse(threat) if isinstance(threat, str) else threat
     if not isinstance(threat, Lp):
         raise InputError(

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from robustlens.core.signals import heeded
 from robustlens.core.types import Splits
 from robustlens.data.sources import load
 from robustlens.results.errors import InputError, RobustlensError, RunInUse
@@ -123,7 +124,8 @@ def work(
             deadline = time.monotonic() + PATIENCE
             while True:
                 try:
-                    found = carry_out(plan, number, splits, out, reporter, trackers=trackers, owner=facts["owner"])
+                    with heeded():  # a cancelled training finishes its step and saves it
+                        found = carry_out(plan, number, splits, out, reporter, trackers=trackers, owner=facts["owner"])
                     break
                 except RunInUse:  # perhaps by a process that is about to end, or dead
                     if time.monotonic() > deadline:

@@ -125,7 +125,7 @@ def carry_out(
         try:
             watch.begin(number * each, len(plan.runs) * each, run.label, what)
             model = trained(run, splits, directory, plan, watch, out=directory.path.parents[1])
-            subject = Subject(model, splits, run.threat, splits.test.labels.device)
+            subject = Subject(model, splits.as_tested(), run.threat, splits.test.labels.device)
             for k, scheduled in enumerate(plan.lenses, start=1):
                 if not takes_part(scheduled.lens, k):
                     continue

@@ -88,7 +88,7 @@ def resume(
             raise
         found = load_state(previous, model=model, optimizer=optimizer, average=average)
         warnings.warn(f"{error.what}: {error.got}. Training goes on from the one before.", DamageWarning, stacklevel=2)
-    path.unlink()  # else the next state would push the good one out
+    path.unlink(missing_ok=True)  # else the next state would push the good one out; every process does it
     return found
 
 

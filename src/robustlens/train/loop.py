@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class _Trainer:
     ) -> None:
         self.model, self.data, self.recipe, self.config = model, splits, recipe, config
         self.seed, self.run, self.validation, self.keep, self.watch = seed, run, validation, keep, watch
-        self.world, self.due = world, False
+        self.world, self.due, self.ends = world, False, False
         self.batch: Batch | None = None  # at hand; that of full-batch training is made once
         self.device = splits.train.labels.device
         self.optimizer = make_optimizer(model, config)
@@ -113,19 +114,33 @@ class _Trainer:
         self.world.same(self.model)
         cuda = [self.device] if self.device.type == "cuda" else []
         synchronised = self.config.batch_norm == "synchronised"
-        with torch.random.fork_rng(devices=cuda), one_batch(self.model, self.world, synchronised=synchronised):
+        together = whole() if self.world.size > 1 else nullcontext()  # a signal ends all of them at the same step
+        with (
+            torch.random.fork_rng(devices=cuda),
+            one_batch(self.model, self.world, synchronised=synchronised),
+            together,
+        ):
             try:
                 while self.now.epoch < self.config.epochs and not self.now.stopped:
                     self._epoch()
-            except (KeyboardInterrupt, Terminated):
-                if self.between_steps and (self.world.size == 1 or not self._rows()):  # rows need everyone
+            except (KeyboardInterrupt, Terminated) as error:
+                everyone = self.world.size == 1 or isinstance(error, Terminated)
+                if self.between_steps and (everyone or not self._rows()):  # rows need everyone
                     with whole():
                         self._save()
                 raise
-        self.world.wait()
+            self.world.wait()
         load_weights(self.model, self.run.path / "last.safetensors")
         self.model.eval()
         return self.now.records
+
+    @contextmanager
+    def _unit(self) -> Iterator[None]:
+        """What is inside is done to its end, or no state is saved: nothing can go on from the middle of it."""
+        with whole():
+            self.between_steps = False
+            yield
+            self.between_steps = True
 
     def _epoch(self) -> None:
         now, size = self.now, self.config.batch_size
@@ -142,18 +157,16 @@ class _Trainer:
             last = self.world.divisible(parts[-1])
             self._prepared(last, now.epoch + (now.step - 1) / len(parts), number=now.step - 1)
         for step in range(now.step, len(parts)):
-            with whole():
-                self.between_steps = False
+            with self._unit():
                 self._steps(parts[step], now.epoch + step / len(parts), number=step)
                 now.step = step + 1
                 now.seconds = before + time.monotonic() - started
-                self.between_steps = True
+            if self.ends:
+                raise Terminated
             self.watch.step(now.epoch * len(parts) + now.step, total, now.loss_sum / now.seen)
             if self.due and now.step < len(parts):
                 self._save()
-        self.between_steps = False
         self._finish_epoch(before + time.monotonic() - started)
-        self.between_steps = True
 
     def _steps(self, index: Tensor, progress: float, *, number: int) -> None:
         """Every step that the update takes on the batch ``index`` (B,), of which this process has its share."""
@@ -190,7 +203,7 @@ class _Trainer:
             raise self._stopped(f"the attack failed ({error})", number) from error
         asks = self.world.leads and time.monotonic() - self.saved >= config.checkpoint_seconds
         found = exchange(self.world, self.model, terms, batch.y, asks=asks)
-        self.due = found.asked
+        self.due, self.ends = found.asked, found.ends
         if not math.isfinite(found.loss):
             raise self._stopped(f"the loss is {found.loss}", number)
         if config.grad_clip is not None:
@@ -218,24 +231,30 @@ class _Trainer:
 
     def _finish_epoch(self, seconds: float) -> None:
         now, config = self.now, self.config
-        require_finite(self.model, f"epoch {now.epoch + 1}, step {now.step}")
-        self._constrain("epoch", now.facts)
-        told = config.validates(now.epoch + 1) or config.validate_every != "log"
-        if told:
-            self._record(seconds)
-        now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
-        if now.epoch in self.keep or (config.snapshots and config.validates(now.epoch)):
-            self._keep(f"epoch-{now.epoch}", now.epoch)
-        now.seconds = 0.0 if told else seconds
-        if told and self.world.leads:
-            self.run.write_metrics(now.records)
-        if told or self.due:
-            self._save()
+        with self._unit():
+            require_finite(self.model, f"epoch {now.epoch + 1}, step {now.step}")
+            if not now.constrained:  # else it was stopped during the validation
+                self._constrain("epoch", now.facts)
+                now.constrained = True
+        validated = self._validate() if config.validates(now.epoch + 1) else {}  # may be broken off, and begun again
+        told = bool(validated) or config.validate_every != "log"
+        with self._unit():
+            if told:
+                self._record(seconds, validated)
+            now.epoch, now.step, now.loss_sum, now.correct, now.seen, now.parts = now.epoch + 1, 0, 0.0, 0, 0, {}
+            now.constrained = False
+            if now.epoch in self.keep or (config.snapshots and validated):
+                self._keep(f"epoch-{now.epoch}", now.epoch)
+            now.seconds = 0.0 if told else seconds
+            if told and self.world.leads:
+                self.run.write_metrics(now.records)
+            if told or self.due:
+                self._save()
         if told:
             self.watch.epoch(now.records[-1])
 
-    def _record(self, seconds: float) -> None:
-        """Validate where it is time, keep weights, and decide whether to stop."""
+    def _record(self, seconds: float, validated: dict[str, float]) -> None:
+        """Write down the epoch and what its validation found, keep weights, and decide whether to stop."""
         now, config = self.now, self.config
         epoch = now.epoch + 1
         record: dict[str, Any] = {
@@ -248,9 +267,9 @@ class _Trainer:
             "seconds": round(seconds, 3),
         }
         now.records.append(record)
-        if config.validates(epoch):
+        if validated:
             before = next((r[ROBUST] for r in reversed(now.records) if ROBUST in r), None)
-            record |= self._validate()
+            record |= validated
             if config.collapse_watch is not None:
                 record["collapse_gap"] = record["accuracy"] - record[ROBUST]
                 if before is not None and before - record[ROBUST] > config.collapse_watch:

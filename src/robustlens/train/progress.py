@@ -31,6 +31,7 @@ class Progress:
 
     epoch: int = 0
     step: int = 0
+    constrained: bool = False  # by what is applied at the epoch's end
     loss_sum: float = 0.0
     correct: int = 0
     seen: int = 0
