@@ -26,7 +26,7 @@ from robustlens.train.config import TrainingConfig
 from robustlens.train.optimizer import make_optimizer, update_average
 from robustlens.train.progress import Progress, Silent, Watch
 from robustlens.train.recipe import Recipe
-from robustlens.train.together import ROBUST, exchange, validate
+from robustlens.train.together import exchange, validate
 
 
 def train(
@@ -255,10 +255,9 @@ class _Trainer:
 
     def _record(self, seconds: float, validated: dict[str, float]) -> None:
         """Write down the epoch and what its validation found, keep weights, and decide whether to stop."""
-        now, config = self.now, self.config
-        epoch = now.epoch + 1
+        now = self.now
         record: dict[str, Any] = {
-            "epoch": epoch,
+            "epoch": now.epoch + 1,
             "loss": now.loss_sum / now.seen,
             "accuracy": now.correct / now.seen,
             **{name: value / now.seen for name, value in now.parts.items()},
@@ -267,27 +266,8 @@ class _Trainer:
             "seconds": round(seconds, 3),
         }
         now.records.append(record)
-        if validated:
-            before = next((r[ROBUST] for r in reversed(now.records) if ROBUST in r), None)
-            record |= validated
-            if config.collapse_watch is not None:
-                record["collapse_gap"] = record["accuracy"] - record[ROBUST]
-                if before is not None and before - record[ROBUST] > config.collapse_watch:
-                    record["stopped"] = now.stopped = (
-                        f"catastrophic overfitting: the robust accuracy on validation images fell from {before:.1%} to "
-                        f"{record[ROBUST]:.1%}; the weights before epoch {epoch} are kept"
-                    )
-                    return
-            if record[ROBUST] > now.best:
-                now.best, now.best_epoch, now.since_best = record[ROBUST], epoch, 0
-                self._keep("best", epoch)
-            else:
-                now.since_best += 1
-            if now.since_best == config.patience and epoch < config.epochs:
-                record["stopped"] = now.stopped = (
-                    f"early stopping: no better robust accuracy on validation images since epoch {now.best_epoch}"
-                )
-        self._keep("last", epoch)
+        for name in now.judge(record, validated, self.config) if validated else ["last"]:
+            self._keep(name, now.epoch + 1)
 
     def _keep(self, name: str, epoch: int) -> None:
         if self.world.leads:
