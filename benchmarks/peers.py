@@ -78,7 +78,7 @@ def strength(plan: Plan, here: Sequence[str]) -> Iterator[Row]:
             for name in here:
                 theirs = MAKERS[name](bench, threat)
                 beside = _share([_stands(bench, theirs()) for _ in STARTS])
-                left, peer = ours.mean(), beside.mean()
+                left, peer = float(ours.mean()), float(beside.mean())
                 whole = max(peer, 1 / len(beside))
                 half = 1.96 * paired_error([1, -1], [ours, beside])
                 yield Row(

@@ -107,6 +107,7 @@ def test_what_an_attack_leaves_beside_one_that_does_nothing(monkeypatch):
     rows = list(peers.strength(TINY, ["idle"]))
     cases = [row.case.partition(",")[0] for row in rows]
     assert cases == ["PGD-2 ℓ∞ 0.5", "PGD-10 ℓ∞ 0.5", "PGD-2 ℓ2 9", "PGD-10 ℓ2 9"]
+    assert json.dumps([dataclasses.asdict(row) | {"met": row.met} for row in rows]), "plain values, to be kept"
     assert all(row.low <= row.ratio <= row.high and row.ratio <= 1 and row.n == 8 for row in rows)
 
 
