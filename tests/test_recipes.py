@@ -17,7 +17,8 @@ from robustlens.recipes.recipe import SCALES, Printed, Recipe, Scale, find_recip
 from robustlens.recipes.reproduce import Reproduction, compared, parse_seeds
 from robustlens.recipes.yamada_2021 import Gap
 from robustlens.results.errors import InputError
-from robustlens.results.reading import Outcome
+from robustlens.results.intervals import wilson
+from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.runs import read_runs
 from robustlens.results.store import find_runs
 from robustlens.studies.config import make_study, write_study
@@ -88,6 +89,16 @@ def test_our_number_beside_the_papers() -> None:
     )
     row = compared(Printed(row="r", column="c", value=0.5, method="PGD", ask=ask, tolerance=0.1), [doubtful])
     assert row.trouble == "Masked."
+
+
+def test_one_networks_number_keeps_its_own_interval() -> None:
+    """Of 92 answers that are all right Wilson's interval is [0.96, 1]; one that is as wide on both sides leaves 1."""
+    low, high = wilson(92, 92)
+    whole = Reading("accuracy", "All.", quantities=(Quantity("robust accuracy", 1.0, low=low, high=high, n=92),))
+    ask = Ask("accuracy", "robust accuracy")
+    printed = Printed(row="r", column="c", value=0.9, method="PGD", ask=ask, tolerance=0.05)
+    row = compared(printed, [run("PGD", [whole])])
+    assert row.ours is not None and (row.ours.low, row.ours.high) == (low, high) and high == 1.0
 
 
 def test_numbers_of_the_same_images_differ_by_training_alone() -> None:

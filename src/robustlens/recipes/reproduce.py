@@ -135,7 +135,10 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
     samples = [linear([1.0], [each]) for each in found]
     if printed.same_images:
         samples = [replace(sample, error=0.0) for sample in samples]
-    ours = over_seeds(samples, found[0][0].unit)
+    quantity = found[0][0]
+    ours = over_seeds(samples, quantity.unit)
+    if len(found) == 1 and quantity.low is not None and not printed.same_images:
+        ours = replace(ours, low=quantity.low, high=quantity.high)  # Wilson's does not leave [0, 1]
     trouble = next((sample.trouble for sample in samples if sample.trouble), "")
     region = (printed.value - printed.tolerance, printed.value + printed.tolerance)
     verdict = AGREEMENT[decide(ours, region)]
