@@ -140,6 +140,10 @@ BAD_STUDIES = {
     "nan": (STUDY.replace("bins = 5", "near = nan"), "near: expected a finite number"),
     "date": (STUDY.replace("epochs = 1", "epochs = 2020-01-01"), "training.epochs"),
     "eps": (STUDY.replace('threat = "linf:0.1"', 'threat = "l2:128"'), 'write "l2:128/255"'),
+    "trained eps": (
+        STUDY + 'objective = { name = "noise", threat = "l2:128" }',
+        'write "l2:128/255"',
+    ),
     "radii": (STUDY.replace('"logit-margins", bins = 5', '"accuracy", radii = [8]'), 'write "linf:8/255"'),
     "method": (STUDY + "training = { epochz = 2 }", "training of method 'plain [bold]'"),
 }

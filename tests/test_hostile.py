@@ -151,6 +151,40 @@ def test_an_archive_that_would_fill_the_memory(tmp_path: Path) -> None:
             read()
 
 
+def made_up(kind: str) -> bytes:
+    """An archive whose table of contents is wrong."""
+    content = bytearray(zipped(b"x" * 50))
+    entry, end = content.index(b"PK\x01\x02"), content.index(b"PK\x05\x06")
+    if kind == "mark":
+        content[entry + 2] = 0
+    elif kind == "place":
+        content[end + 12 : end + 16] = (2**31).to_bytes(4, "little")
+    elif kind == "name":
+        content[entry + 9] |= 8  # says that it is UTF-8
+        content[entry + 46] = 0xFF
+    else:
+        content[entry + 6] = 99
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("mark", zipfile.BadZipFile),
+        ("place", zipfile.BadZipFile),
+        ("name", UnicodeDecodeError),
+        ("version", NotImplementedError),
+    ],
+)
+def test_archives_with_a_made_up_table_of_contents(kind: str, cause: type[Exception], tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(made_up(kind))
+    for read in (lambda: load_weights(network(), path), lambda: open_program(path)):
+        with pytest.raises(InputError, match="expected an archive, got") as caught:
+            read()
+        assert isinstance(caught.value.__cause__, cause) and "\n" not in str(caught.value)
+
+
 def test_a_pickle_on_the_command_line(call: Call, tmp_path: Path) -> None:
     for option in (["mlp", "--weights", tmp_path / "w.pt"], [tmp_path / "w.pt"]):
         (tmp_path / "w.pt").write_bytes(PICKLES["state dict"](Payload(tmp_path)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from robustlens.core.discovery import build
 from robustlens.core.rng import generator
 from robustlens.core.types import Subject
+from robustlens.core.world import World
 from robustlens.results.reading import Reading
 from robustlens.results.store import RunDirectory
 from robustlens.studies.examine import examine
@@ -97,3 +98,17 @@ def test_other_errors_are_not_taken_for_it(hungry: Subject, tmp_path: Path) -> N
     assert reading.outcome.status == "failed" and reading.outcome.why.startswith("RuntimeError: shape '[3, -1, 7]'")
     (kept,) = (tmp_path / "errors").iterdir()
     assert kept.name in reading.outcome.why and "Traceback" in kept.read_text() and "in forward" in kept.read_text()
+
+
+def test_processes_that_share_a_lens_end_with_its_error(
+    hungry: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shared(Means):
+        def look_resumably(self, subject: Subject, *, gen: Any, state: Any, told: Any) -> Reading:
+            raise ValueError("an odd one")
+
+    reading, _ = examine(Shared(), hungry, RunDirectory(tmp_path), seed=0, facts={})
+    assert reading.outcome.status == "failed" and reading.outcome.why.startswith("ValueError: an odd one")
+    monkeypatch.setattr("robustlens.studies.examine.joined", lambda: World(0, 2))
+    with pytest.raises(ValueError, match="an odd one"):
+        examine(Shared(), hungry, RunDirectory(tmp_path), seed=0, facts={})

@@ -16,6 +16,7 @@ from rich.table import Table
 from robustlens.report.front import evidence, ledger
 from robustlens.results.errors import unknown_name
 from robustlens.results.reading import spelled
+from robustlens.results.runs import load
 from robustlens.results.store import RunDirectory
 from robustlens.studies.watch import Lines
 
@@ -119,9 +120,10 @@ def plain_line(console: Console, text: str) -> None:
 
 def table(console: Console, runs: Sequence[RunDirectory]) -> None:
     """The headline numbers of ``runs``: a row a number, a column a method, as many side by side as fit."""
-    from robustlens.report.summary import plain, summarise
+    from robustlens.report.summary import plain, summary_of
 
-    summary = summarise(runs)
+    loaded = load(runs)
+    summary = summary_of(loaded)
     fit = max(1, (console.width - 32) // 16)
     for first in range(0, len(summary.rows), fit):
         group = summary.rows[first : first + fit]
@@ -133,10 +135,10 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
             shown.add_row(escape(column.title), *(escape(plain(row.cells[number])) for row in group))
         console.print(shown)
     failed = {
-        (run.read_json("run.json")["label"], f"{r.lens} was not measured: {r.outcome.why}"): None
-        for run in runs
-        for r in run.readings()
-        if r.outcome.status == "failed"
+        (run.method, f"{reading.lens} was not measured: {reading.outcome.why}"): None
+        for run in loaded
+        for reading in run.readings
+        if reading.outcome.status == "failed"
     }
     reasons = {(row.method, c.why): None for row in summary.rows for c in row.cells if c.status in DOUBTFUL}
     for method, why in reasons | failed:

@@ -166,9 +166,9 @@ def decide_grey(name: str, splits: Mapping[str, tuple[Callable[[int], bytes], in
         InputError: it is, but all images of another split are in colour.
     """
     grey, colour = _kinds(*splits["train"])
-    for split, parts in splits.items():
-        greys, colours = _kinds(*parts)
-        if grey > colour and colours and not greys:
+    for split in splits.keys() - {"train"} if grey > colour else ():
+        greys, colours = _kinds(*splits[split])
+        if colours and not greys:
             raise InputError(
                 f"data set {name}",
                 expected=f"grey images in the {split} split, as the training images are",

@@ -175,16 +175,11 @@ def require_relu_regions(model: nn.Module, x: Tensor, who: str) -> None:
 
 
 def slopes_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The ``heights`` h at images ``x`` and their derivatives ∇h·v along ``v``, both (B, C, H, W).
-
-    u ↦ Jᵀu is linear, so that its own derivative along v is Jv; see ``linalg.jacobian``.
-    """
+    """The ``heights`` h at images ``x`` and their derivatives ∇h·v along ``v``, both (B, C, H, W)."""
     point = x.detach().requires_grad_()
     with torch.enable_grad(), FrozenConvolutions():
         layers = heights(point)
-        us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]
-        (pulled,) = torch.autograd.grad(layers, point, us, create_graph=True)
-    return [layer.detach() for layer in layers], list(torch.autograd.grad(pulled, us, v))
+    return [layer.detach() for layer in layers], list(_pusher(layers, point)(v))
 
 
 def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: Sweep | None = None) -> list[Tensor]:
@@ -244,7 +239,10 @@ def pulled_norms(
 
 
 def _pusher(layers: list[Tensor], many: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """From a direction v like ``many`` to the derivatives of ``layers`` along it."""
+    """From a direction v like ``many`` to the derivatives Jv of ``layers`` along it.
+
+    u ↦ Jᵀu is linear, so that its own derivative along v is Jv; see ``linalg.jacobian``.
+    """
     if not layers:
         return lambda along: ()
     us = [torch.zeros_like(layer, requires_grad=True) for layer in layers]

@@ -199,9 +199,9 @@ def require_modest(path: Path, what: str) -> None:
     """Refuse a zip archive that would fill the memory when it is unpacked."""
     try:
         members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        # All four come of made-up tables of contents: a wrong mark, places before the file's start, sizes that cannot
-        # be, and versions of the format that Python does not read.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        # All three come of made-up tables of contents: a wrong mark or place, a name that is no text, and a version of
+        # the format that Python does not read.
         raise InputError(what, expected="an archive", got=_line(error), fix="Download or save it again.") from error
     size, there = sum(member.file_size for member in members), path.stat().st_size
     if size > EXPANSION * there:

@@ -195,12 +195,11 @@ class MMR:
         if COLOUR not in memory:
             found = cheapest_sweep(receptive_fields(heights, x, chunk=self.chunk))
             memory[COLOUR], memory[LAYERS] = found.colour, torch.tensor(found.layers)
-        return Sweep(memory[COLOUR], int(memory[LAYERS]))
+        return _remembered(moment)
 
     def _parts(self, model: nn.Module, crafted: Crafted, found: list[Near]) -> Iterator[Tensor]:
         """Scalars that sum to the penalty, and whose gradients sum to its own."""
-        memory = crafted.batch.moment.memory
-        sweep = Sweep(memory[COLOUR], int(memory[LAYERS]))
+        sweep = _remembered(crafted.batch.moment)
         layers = min(sweep.layers, len(found) - 1)  # not the classes
         rows = sum(len(near.unit) for near in found[:layers])
         many = rows > COLUMN * sweep.colours * len(crafted.batch)
@@ -239,6 +238,10 @@ class MMR:
         yield total
         for part in pulled_norms(model, len(found) - 1, x, q, pulls, sweep=sweep, chunk=self.chunk):
             yield part - part.detach()
+
+
+def _remembered(moment: Moment) -> Sweep:
+    return Sweep(moment.memory[COLOUR], int(moment.memory[LAYERS]))
 
 
 def _near(within: Tensor, size: Tensor, gamma: float, share: float) -> Near:

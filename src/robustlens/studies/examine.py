@@ -44,7 +44,7 @@ def examine(
 
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
     others go on. So it does where a lens or somebody's network ends in an error of another kind, which is kept with
-    its traceback in the run directory.
+    its traceback in the run directory; but processes that share the work of a lens end with it.
     """
     path = _reading_path(lens, subject, directory, seed, facts)
     there = _finished(path)
@@ -68,6 +68,8 @@ def examine(
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
     except Exception as error:  # of anybody's network, which can do anything
+        if isinstance(lens, Resumable) and joined().size > 1:
+            raise  # the others wait for this process's part of the work: they end with it
         kept = directory.path / "errors" / f"{path.name}.txt"
         write_atomically(kept, traceback.format_exc().encode())
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (the rest is in {kept.name})."

@@ -176,7 +176,9 @@ def rehearse(run: PlannedRun, splits: Splits, lenses: Sequence[Scheduled]) -> No
     Raises:
         InputError: network, augmentation, objective, validation or radii do not fit the data or each other.
     """
-    for threat in (run.threat, run.validation.threat):
+    objective = run.recipe.objective
+    trained = getattr(getattr(objective, "attack", objective), "threat", None)
+    for threat in (run.threat, run.validation.threat, trained):
         if isinstance(threat, Lp):
             threat.require_fits(splits.shape)
     for scheduled in lenses:
