@@ -16,16 +16,19 @@ from robustlens.attacks.pgd import PGD
 from robustlens.core.discovery import discover
 from robustlens.core.types import Split, Splits
 from robustlens.core.world import World, joined
+from robustlens.methods.preset import presets
 from robustlens.models.classifier import Chain
 from robustlens.models.linear import Logistic
 from robustlens.objectives.adversarial import Adversarial
 from robustlens.objectives.standard import Standard
 from robustlens.results.errors import InputError
 from robustlens.results.store import RunDirectory
+from robustlens.studies.plan import preset_recipe
 from robustlens.threats.lp import Lp
 from robustlens.train.config import TrainingConfig
 from robustlens.train.loop import train
 from robustlens.train.recipe import Recipe
+from robustlens.updates.descend import Descend
 
 PROCESSES = 2
 
@@ -74,6 +77,22 @@ def cases() -> Iterator[tuple[str, Recipe, TrainingConfig]]:
     for name in ("jacobian", "data-spectral-norm"):
         twice = discover("regularizer")[name].examples()[0]
         yield f"across-{name}", Recipe(objective=attacked.objective, regularizers=(twice,)), synchronised
+    leaving = Adversarial(attack=PGD(threat=Lp("l2", 0.3), steps=2, restarts=3, early_stop=True))
+    jacobian = discover("regularizer")["jacobian"].examples()[0]  # it draws after images have left the attack
+    yield "leaving", Recipe(objective=leaving, regularizers=(jacobian,)), plain
+    yield from ((name.replace("/", "-"), recipe, plain) for name, recipe in combinations().items())
+
+
+def combinations() -> dict[str, Recipe]:
+    """The first preset with every combination of parts."""
+    found: dict[tuple[type, ...], tuple[str, Recipe]] = {}
+    for name in presets():
+        recipe = preset_recipe(name)
+        parts = (recipe.objective, *recipe.regularizers, recipe.update, *recipe.constraints)
+        own = tuple(type(part) for part in parts if not isinstance(part, Standard | Descend))
+        if len(own) > 1:
+            found.setdefault(own, (name, recipe))
+    return dict(found.values())
 
 
 def examples(kind: str) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.verify import AttackBroken, craft, evaluate
 from robustlens.core.discovery import build, describe, discover
+from robustlens.core.rng import SharedGenerator
 from robustlens.core.types import Attack, Batch
 from robustlens.results.errors import RobustlensError
 from robustlens.threats.lp import Lp
@@ -123,6 +124,23 @@ def test_is_replayable_and_never_reads_the_global_random_state(
     once = craft(attack, model, images, labels, gen=gen(5))
     torch.manual_seed(2)
     assert torch.equal(once, craft(attack, model, images, labels, gen=gen(5)))
+
+
+@every
+def test_what_an_image_gets_does_not_depend_on_the_processes_that_share_its_batch(
+    attack: Attack, network: nn.Module, linear: nn.Module, images: Tensor
+) -> None:
+    """Shares differ in how many of their images are wrong from the start, and leave."""
+    model, x = subject(attack, network, linear).double(), images.double()
+    with torch.no_grad():
+        y = (model(x).argmax(1) + torch.tensor([0, 0, 1] * 2 + [0] * 6)) % 4
+    alone = gen(5)
+    whole = craft(attack, model, x, y, gen=alone)
+    for rank in range(3):
+        shared = SharedGenerator.of(gen(5), rows=torch.arange(rank, 12, 3), examples=12)
+        own = craft(attack, model, x[rank::3], y[rank::3], gen=shared)
+        assert torch.allclose(own, whole[rank::3], rtol=0, atol=1e-10)
+        assert torch.equal(shared.get_state(), alone.get_state())
 
 
 @every

@@ -67,6 +67,6 @@ class APGDTargeted:
 
         def run(left: Tensor, rank: int) -> Climbed:
             labels = torch.stack([y[left], likely[left, rank]], 1)
-            return ascend(model, self.threat, x[left], labels, targeted_dlr, steps=self.steps, gen=gen)
+            return ascend(model, self.threat, x, left, labels, targeted_dlr, steps=self.steps, gen=gen)
 
         return highest([partial(run, rank=rank) for rank in range(likely.shape[1])], x)

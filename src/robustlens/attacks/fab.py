@@ -118,7 +118,7 @@ class FAB:
                 origin, known = x[todo], smallest[todo]
                 start = origin
                 if restart:
-                    start = _around(threat, origin, known.clamp_max(threat.eps) / 2, gen)
+                    start = _away(threat, origin, threat.noise(x, gen)[todo], known.clamp_max(threat.eps) / 2)
                 towards = None if target is None else target[todo]
                 point, size = self._search(threat, model, start, origin, y[todo], towards)
                 if not self.minimal:
@@ -210,8 +210,7 @@ def _plane(threat: Lp, model: nn.Module, z: Tensor, y: Tensor, target: Tensor | 
     return logit_margin(logits.detach(), y), ahead.detach(), slope
 
 
-def _around(threat: Lp, x: Tensor, distance: Tensor, gen: Generator) -> Tensor:
-    """A random point (B, C, H, W) at ``distance`` (B,) from x, moved into the box."""
-    noise = threat.noise(x, gen)
+def _away(threat: Lp, x: Tensor, noise: Tensor, distance: Tensor) -> Tensor:
+    """The point (B, C, H, W) at ``distance`` (B,) from x along ``noise``, moved into the box."""
     length = distance / threat.size(noise).clamp_min(torch.finfo(x.dtype).tiny)
     return (x + length[:, None, None, None] * noise).clamp(threat.low, threat.high)

@@ -136,7 +136,7 @@ class PGD:
         if self.loss in RELATIVE:
             with torch.no_grad():
                 clean = model(x)
-        worst = self._climb(model, x, y, clean, gen)
+        worst = self._climb(model, x, y, clean, *self._draws(x, gen))
         if self.restarts == 1:
             return worst
         broken, height = self._score(model, worst, y, clean)
@@ -145,17 +145,25 @@ class PGD:
             if len(todo) == 0:
                 break
             some_clean = None if clean is None else clean[todo]
-            found = self._climb(model, x[todo], y[todo], some_clean, gen)
+            start, luck = self._draws(x, gen)
+            found = self._climb(model, x[todo], y[todo], some_clean, start[todo], luck[todo])
             new_broken, new_height = self._score(model, found, y[todo], some_clean)
             worse = (new_broken & ~broken[todo]) | ((new_broken == broken[todo]) & (new_height > height[todo]))
             won = todo[worse]
             worst[won], broken[won], height[won] = found[worse], new_broken[worse], new_height[worse]
         return worst
 
-    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, gen: Generator) -> Tensor:
+    def _draws(self, x: Tensor, gen: Generator) -> tuple[Tensor, Tensor]:
+        """Where each image starts (B, C, H, W), and a number in [0, 1) that picks a wrong class for it (B,)."""
+        start = self.threat.start(x, gen) if self.random_start else x
+        luck = x.new_zeros(len(x))
+        return start, drawn(luck, lambda t: t.uniform_(generator=gen), gen) if self.targeted else luck
+
+    def _climb(
+        self, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, point: Tensor, luck: Tensor
+    ) -> Tensor:
         threat = self.threat
         alpha = 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
-        point = threat.start(x, gen) if self.random_start else x
         result, alive = point.clone() if self.early_stop else point, torch.arange(len(x), device=x.device)
         target: Tensor | None = None
         for _ in range(self.steps):
@@ -165,7 +173,7 @@ class PGD:
                 if isinstance(threat, Lp) and threat.norm != "linf" and self.grad_floor >= 1e-20:  # moves nothing
                     drop_denormals(logits)
                 if self.targeted:
-                    target = _wrong_class(logits, y, gen) if target is None else target
+                    target = _wrong_class(logits, y, luck) if target is None else target
                     loss = -self._loss(logits, target, clean).sum()
                 else:
                     loss = self._loss(logits, y, clean).sum()
@@ -202,7 +210,7 @@ class PGD:
         return attack_loss(self.loss, logits, y, clean, inverse_temperature=self.inverse_temperature)
 
 
-def _wrong_class(logits: Tensor, y: Tensor, gen: Generator) -> Tensor:
-    """One of the other classes for each label (B,), uniformly."""
-    classes = logits.shape[1]
-    return (y + drawn(y, lambda t: t.random_(1, classes, generator=gen), gen)) % classes
+def _wrong_class(logits: Tensor, y: Tensor, luck: Tensor) -> Tensor:
+    """One of the other classes for each label (B,), uniformly where ``luck`` (B,) is uniform in [0, 1)."""
+    others = logits.shape[1] - 1
+    return (y + 1 + (luck * others).long().clamp_max(others - 1)) % (others + 1)

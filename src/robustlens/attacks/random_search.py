@@ -54,7 +54,7 @@ class RandomSearch:
                 standing = (lowest > 0).nonzero()[:, 0]
                 if len(standing) == 0:
                     break
-                point = self.threat.start(x[standing], gen)
+                point = self.threat.start(x, gen)[standing]
                 margin = logit_margin(model(point), y[standing])
                 lower = margin < lowest[standing]
                 won = standing[lower]

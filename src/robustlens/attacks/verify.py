@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.core.criterion import logit_margin
 from robustlens.core.modes import CraftMode, Precision, precision, untouched
+from robustlens.core.rng import detour
 from robustlens.core.types import Attack, Batch
 from robustlens.linalg.frozen_convolutions import quick_gradients
 from robustlens.results.errors import RobustlensError
@@ -59,7 +60,7 @@ def craft(
     """
     if attack.threat.eps == 0 or len(x) == 0:
         return x
-    with untouched(model, mode=mode), precision(precise, x.device), quick_gradients(model):
+    with untouched(model, mode=mode), precision(precise, x.device), quick_gradients(model), detour(gen):
         x_adv = attack.perturb(model, x, y, gen=gen)
     return _checked(attack, x_adv, x)
 

@@ -8,7 +8,8 @@ through ``drawn``, so that processes that share a batch draw for an example what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -26,40 +27,53 @@ def generator(device: torch.device | str, seed: int, *purpose: str | int) -> Gen
     return Generator(device=device).manual_seed(derive(seed, *purpose))
 
 
-class SharedGenerator(Generator):
-    """For a process that has the examples ``rank``, ``rank`` + ``ways``, … of the ``examples`` of a batch."""
+@contextmanager
+def detour(gen: Generator) -> Iterator[None]:
+    """However much is drawn from ``gen`` inside, what is drawn afterwards does not depend on it."""
+    seed = derive(0, hashlib.sha256(gen.get_state().numpy().tobytes()).hexdigest())
+    yield
+    gen.manual_seed(seed)
 
-    rank: int
-    ways: int
+
+def for_part(gen: Generator, part: Tensor, examples: int) -> SharedGenerator:
+    """A copy of ``gen`` that draws for all of ``examples``, of which it is for those at ``part`` (A,)."""
+    if isinstance(gen, SharedGenerator):
+        return SharedGenerator.of(gen, rows=gen.rows[part], examples=gen.examples)
+    return SharedGenerator.of(gen, rows=part, examples=examples)
+
+
+class SharedGenerator(Generator):
+    """For those at ``rows`` (B,) of the ``examples`` of a batch, of which others look after the rest."""
+
+    rows: Tensor
     examples: int
 
     @classmethod
-    def of(cls, gen: Generator, *, rank: int, ways: int, examples: int) -> Self:
+    def of(cls, gen: Generator, *, rows: Tensor, examples: int) -> Self:
         """One that draws what ``gen`` would draw for the whole batch."""
         found = cls(device=gen.device)
         found.set_state(gen.get_state())
-        found.rank, found.ways, found.examples = rank, ways, examples
+        found.rows, found.examples = rows.to(gen.device), examples
         return found
 
     def clone_state(self) -> Self:
-        return type(self).of(self, rank=self.rank, ways=self.ways, examples=self.examples)
-
-    def whole(self, own: int) -> int:
-        """How many examples the batch has of which this process has ``own``."""
-        return self.examples if own == len(range(self.rank, self.examples, self.ways)) else own * self.ways
+        return type(self).of(self, rows=self.rows, examples=self.examples)
 
 
 def drawn(like: Tensor, fill: Callable[[Tensor], Tensor], gen: Generator, *, batch: int = 0) -> Tensor:
     """A tensor shaped like ``like``, whose dimension ``batch`` counts examples, that ``fill`` filled from ``gen``.
 
-    Where ``gen`` is shared, the draw is made for the whole batch, and the process takes its part. An attack that has
-    left some of its examples alone draws as if every process had.
+    Where ``gen`` is shared, the draw is made for the whole batch, and its part is taken. An attack that has left some
+    of its examples alone must draw for all that it was given and take the rows of the others, so that what an example
+    gets does not depend on who else is left. A multiple of the examples is drawn as so many batches.
     """
     if not isinstance(gen, SharedGenerator):
         return fill(torch.empty_like(like))
     shape = list(like.shape)
-    shape[batch] = gen.whole(shape[batch])
+    times = -(-shape[batch] // max(len(gen.rows), 1))
+    rows = torch.cat([gen.rows + number * gen.examples for number in range(times)] or [gen.rows])[: shape[batch]]
+    shape[batch] = times * gen.examples
     lies = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if lies else torch.contiguous_format
     whole = fill(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
-    return whole[(slice(None),) * batch + (slice(gen.rank, None, gen.ways),)]
+    return whole[(slice(None),) * batch + (rows.to(like.device),)]

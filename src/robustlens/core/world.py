@@ -47,7 +47,8 @@ class World:
     def generator(self, device: torch.device | str, seed: int, *purpose: str | int, examples: int) -> Generator:
         """Draws for a batch of ``examples``: those for an example do not depend on the process that has it."""
         gen = generator(device, seed, *purpose)
-        return gen if self.size == 1 else SharedGenerator.of(gen, rank=self.rank, ways=self.size, examples=examples)
+        rows = self.share(torch.arange(examples))
+        return gen if self.size == 1 else SharedGenerator.of(gen, rows=rows, examples=examples)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes: one exchange for each of their dtypes."""

@@ -15,6 +15,7 @@ from torch import nn
 
 import robustlens
 from robustlens.attacks.verify import evaluate
+from robustlens.core.allocator import keep_freed_memory
 from robustlens.core.discovery import build
 from robustlens.core.modes import lay_channels_last
 from robustlens.core.rng import derive, generator
@@ -37,6 +38,7 @@ from robustlens.train.loop import train
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called ``name``; "auto" is the GPU if there is one, else the CPU."""
+    keep_freed_memory()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
