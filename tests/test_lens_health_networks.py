@@ -123,7 +123,14 @@ PAPER = PGD(threat=Lp("l2", 2.0), steps=100, step_size=0.1, grad_floor=1e-6)
 @needs(DATA / "mnist", NETWORKS)
 @pytest.mark.parametrize(
     ("which", "n", "paper", "margin", "masked"),
-    [("std", 100, 0.859, 0.165, True), ("lcr", 200, 0.255, 0.249, False), ("amr", 100, 0.968, 0.300, True)],
+    [
+        ("std", 100, 0.859, 0.165, True),
+        ("lcr", 200, 0.255, 0.249, False),
+        ("amr", 100, 0.968, 0.300, True),
+        pytest.param("std", 1000, 0.859, 0.165, True, marks=pytest.mark.slow),
+        pytest.param("lcr", 1000, 0.255, 0.249, False, marks=pytest.mark.slow),
+        pytest.param("amr", 1000, 0.968, 0.300, True, marks=pytest.mark.slow),
+    ],
 )
 def test_published_numbers_of_003(which: str, n: int, paper: float, margin: float, masked: bool) -> None:
     """The paper's attack at ℓ2 radius 2, with the same path in fewer steps (spec 4.10 has n = 1000)."""
