@@ -48,8 +48,12 @@ def trained(tinted: bool = False, hidden: int = 400, seed: int = 0, examples: in
     """A network of one hidden layer with BatchNorm: random features, and on them the best linear layer in squares."""
     splits = colours() if tinted else digits()
     x, y = splits.train.images[:examples], splits.train.labels[:examples]
-    layers = nn.Flatten(), nn.Linear(x[0].numel(), hidden), nn.BatchNorm1d(hidden, momentum=None), nn.ReLU()
-    model = fresh(lambda: nn.Sequential(*layers, nn.Linear(hidden, len(splits.classes))), seed)
+
+    def build() -> nn.Module:
+        features = nn.Flatten(), nn.Linear(x[0].numel(), hidden), nn.BatchNorm1d(hidden, momentum=None), nn.ReLU()
+        return nn.Sequential(*features, nn.Linear(hidden, len(splits.classes)))
+
+    model = fresh(build, seed)
     with torch.no_grad():
         model[:3](x)
         h = model.eval()[:4](x).double()
