@@ -105,7 +105,7 @@ class LastRestart(PGD):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         for _ in range(self.restarts):
-            found = self._climb(model, x, y, None, *self._draws(x, gen))
+            found = self._climb(model, x, y, None, gen)
         return found
 
 

@@ -11,7 +11,7 @@ from conftest import gen
 from torch import Generator, Tensor, nn
 
 from robustlens.attacks.linear import LinearExact
-from robustlens.attacks.square import Square, _Dice, hills
+from robustlens.attacks.square import Square, _windows, hills
 from robustlens.attacks.verify import craft, evaluate
 from robustlens.core.criterion import logit_margin
 from robustlens.core.types import Batch
@@ -226,7 +226,7 @@ def test_square_comes_near_the_worst_case_of_a_linear_model(norm: str, share: fl
     y = torch.zeros(8, dtype=torch.int64)
     before = logit_margin(model(x), y)
     exact = before - logit_margin(model(craft(LinearExact(threat=threat), model, x, y, gen=gen())), y)
-    found = before - logit_margin(model(craft(Square(threat=threat, queries=600), model, x, y, gen=gen())), y)
+    found = before - logit_margin(model(craft(Square(threat=threat, queries=400), model, x, y, gen=gen())), y)
     assert (found / exact).min() > share and (found / exact).max() < 1 + 1e-9
 
 
@@ -236,7 +236,7 @@ def test_every_query_is_in_the_threat_at_full_size_and_the_best_comes_back(norm:
     model, x = Witness(linear_pair(200.0)), pictures(1)
     threat, y = Lp(norm, BALLS[norm], low=-50.0, high=50.0), torch.zeros(1, dtype=torch.int64)
     attack = Square(threat=threat, queries=150, restarts=2)
-    found = attack.perturb(model, x, y, gen=gen(4))
+    found = attack.perturb(model, x, y, gen=gen(5))
     asked = torch.cat(model.asked)
     assert 100 < len(asked) <= attack.passes.forward == 1 + 2 * 151
     sizes = threat.distance(asked[1:], x)
@@ -247,7 +247,7 @@ def test_every_query_is_in_the_threat_at_full_size_and_the_best_comes_back(norm:
     assert logit_margin(model.model(found), y) == margins.min() < margins[0]
     inside = dataclasses.replace(attack, threat=Lp(norm, BALLS[norm]))
     model.asked.clear()
-    inside.perturb(model, x, y, gen=gen(4))
+    inside.perturb(model, x, y, gen=gen(5))
     asked = torch.cat(model.asked)
     assert torch.equal(inside.threat.project(asked, x.expand_as(asked)), asked), "the choke point moves nothing"
 
@@ -276,8 +276,9 @@ def test_float32_stays_inside_too(norm: str) -> None:
 
 
 def test_windows_lie_inside_and_reach_every_place() -> None:
+    x = torch.zeros(4000, 3, 6 * 9)
     for h, w in ((3, 3), (6, 9), (1, 1), (6, 7)):
-        picked = _Dice(4000, torch.arange(4000), gen()).windows(torch.Size((6, 9)), (h, w), 3)
+        picked = _windows(x, torch.Size((6, 9)), (h, w), gen())
         rows, columns = picked // 9, picked % 9
         assert picked.shape == (4000, 3, h * w) and (picked == picked[:, :1]).all()
         assert (rows.amax(2) - rows.amin(2) == h - 1).all() and (columns.amax(2) - columns.amin(2) == w - 1).all()
@@ -306,12 +307,12 @@ def test_fallen_images_leave_and_wrong_ones_stay_as_they_are() -> None:
     y[::4] = 1 - y[::4]
     model.asked.clear()
     attack = Square(threat=Lp("linf", 0.03), queries=60)
-    found = attack.perturb(model, x, y, gen=gen())
+    found = attack.perturb(model, x, y, gen=gen(1))
     sizes = [len(z) for z in model.asked]
     assert sizes[:2] == [40, 30] and max(sizes[2:]) < 30
     assert torch.equal(found[::4], x[::4])
     wrong = logit_margin(model.model(found), y) <= 0
-    assert 10 < wrong.sum() < 40 and max(sizes[-10:]) < sizes[2] - 3
+    assert 10 < wrong.sum() < 40 and sizes[-1] <= 40 - int(wrong.sum())
     wrong_soon = logit_margin(model.model(model.asked[1]), y[torch.arange(40) % 4 > 0]) <= 0
     assert sizes[2] <= 30 - int(wrong_soon.sum()), "those that fell to the stripes are asked nothing more"
 

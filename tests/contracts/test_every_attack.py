@@ -12,9 +12,9 @@ from torch import Generator, Tensor, nn
 from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.verify import AttackBroken, craft, evaluate
 from robustlens.core.discovery import build, describe, discover
-from robustlens.core.rng import SharedGenerator
+from robustlens.core.rng import SharedGenerator, drawn
 from robustlens.core.types import Attack, Batch
-from robustlens.results.errors import RobustlensError
+from robustlens.results.errors import InputError, RobustlensError
 from robustlens.threats.lp import Lp
 
 ATTACKS = [attack for cls in discover("attack").values() for attack in cls.examples()]
@@ -141,6 +141,12 @@ def test_what_an_image_gets_does_not_depend_on_the_processes_that_share_its_batc
         own = craft(attack, model, x[rank::3], y[rank::3], gen=shared)
         assert torch.allclose(own, whole[rank::3], rtol=0, atol=1e-10)
         assert torch.equal(shared.get_state(), alone.get_state())
+
+
+def test_a_draw_for_others_than_the_generator_is_for_is_refused() -> None:
+    shared = SharedGenerator.of(gen(), rows=torch.arange(0, 12, 3), examples=12)
+    with pytest.raises(InputError, match=r"4 examples.*got 3.*for_part"):
+        drawn(torch.empty(3, 2), lambda t: t.normal_(generator=shared), shared)
 
 
 @every

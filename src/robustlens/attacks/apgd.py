@@ -11,7 +11,7 @@ from robustlens.attacks.ascent import Climbed, Height, highest, momentum_ascent
 from robustlens.attacks.losses import attack_loss
 from robustlens.attacks.sparse_ascent import sparse_ascent
 from robustlens.core.passes import Passes
-from robustlens.core.rng import drawn
+from robustlens.core.rng import for_part
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -75,31 +75,20 @@ class APGD:
             return attack_loss(self.loss, logits, labels[:, 0])
 
         def run(left: Tensor) -> Climbed:
-            return ascend(model, self.threat, x, left, y[left, None], height, steps=self.steps, gen=gen)
+            draws = for_part(gen, left, len(x))
+            return ascend(model, self.threat, x[left], y[left, None], height, steps=self.steps, gen=draws)
 
         return highest([run] * self.restarts, x)
 
 
 def ascend(
-    model: nn.Module,
-    threat: Threat,
-    x: Tensor,
-    left: Tensor,
-    labels: Tensor,
-    height: Height,
-    *,
-    steps: int,
-    gen: Generator,
+    model: nn.Module, threat: Threat, x: Tensor, labels: Tensor, height: Height, *, steps: int, gen: Generator
 ) -> Climbed:
-    """One run from a random start, by the rule of the threat's norm, of the images at ``left`` (A,) of x (B, C, H, W).
-
-    ``labels`` (A, L) have y in the first column.
-    """
+    """One run from a random start, by the rule of the threat's norm; ``labels`` (B, L), y in the first column."""
     assert isinstance(threat, Lp)
     if threat.norm == "l1":
-        start = (x + drawn(x, lambda t: t.normal_(generator=gen), gen))[left]
-        return sparse_ascent(model, threat, x[left], labels, height, start, steps=steps)
-    return momentum_ascent(model, threat, x[left], labels, height, threat.start(x, gen)[left], steps=steps)
+        return sparse_ascent(model, threat, x, labels, height, steps=steps, gen=gen)
+    return momentum_ascent(model, threat, x, labels, height, threat.start(x, gen), steps=steps)
 
 
 def require_ball(threat: Threat, who: str) -> None:

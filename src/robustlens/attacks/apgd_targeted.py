@@ -13,6 +13,7 @@ from robustlens.attacks.apgd import ascend, require_ball
 from robustlens.attacks.ascent import Climbed, highest
 from robustlens.attacks.losses import targeted_dlr
 from robustlens.core.passes import Passes
+from robustlens.core.rng import for_part
 from robustlens.core.types import Threat
 from robustlens.results.errors import require_at_least
 from robustlens.threats.lp import Lp
@@ -67,6 +68,7 @@ class APGDTargeted:
 
         def run(left: Tensor, rank: int) -> Climbed:
             labels = torch.stack([y[left], likely[left, rank]], 1)
-            return ascend(model, self.threat, x, left, labels, targeted_dlr, steps=self.steps, gen=gen)
+            draws = for_part(gen, left, len(x))
+            return ascend(model, self.threat, x[left], labels, targeted_dlr, steps=self.steps, gen=draws)
 
         return highest([partial(run, rank=rank) for rank in range(likely.shape[1])], x)

@@ -14,7 +14,7 @@ from robustlens.attacks.fab import FAB
 from robustlens.attacks.square import Square
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
-from robustlens.core.rng import detour, for_part
+from robustlens.core.rng import for_part
 from robustlens.core.types import Attack, Threat
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
@@ -86,8 +86,7 @@ class AutoAttackStandard:
         for attack in self.line_up:
             if len(left) == 0:
                 break
-            with detour(gen):
-                draws = for_part(gen, left, len(x))
+            draws = for_part(gen, left, len(x))
             found = attack.threat.project(attack.perturb(model, x[left], y[left], gen=draws), x[left])
             with torch.no_grad():
                 margin = logit_margin(model(found), y[left]).to(least)

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from robustlens.attacks.smallest import nearest_on_segment
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
+from robustlens.core.rng import for_part
 from robustlens.core.types import Threat
 from robustlens.linalg.hyperplane import step_to_hyperplane
 from robustlens.linalg.regions import DUAL
@@ -118,7 +119,7 @@ class FAB:
                 origin, known = x[todo], smallest[todo]
                 start = origin
                 if restart:
-                    start = _away(threat, origin, threat.noise(x, gen)[todo], known.clamp_max(threat.eps) / 2)
+                    start = _around(threat, origin, known.clamp_max(threat.eps) / 2, for_part(gen, todo, len(x)))
                 towards = None if target is None else target[todo]
                 point, size = self._search(threat, model, start, origin, y[todo], towards)
                 if not self.minimal:
@@ -210,7 +211,8 @@ def _plane(threat: Lp, model: nn.Module, z: Tensor, y: Tensor, target: Tensor | 
     return logit_margin(logits.detach(), y), ahead.detach(), slope
 
 
-def _away(threat: Lp, x: Tensor, noise: Tensor, distance: Tensor) -> Tensor:
-    """The point (B, C, H, W) at ``distance`` (B,) from x along ``noise``, moved into the box."""
+def _around(threat: Lp, x: Tensor, distance: Tensor, gen: Generator) -> Tensor:
+    """A random point (B, C, H, W) at ``distance`` (B,) from x, moved into the box."""
+    noise = threat.noise(x, gen)
     length = distance / threat.size(noise).clamp_min(torch.finfo(x.dtype).tiny)
     return (x + length[:, None, None, None] * noise).clamp(threat.low, threat.high)

@@ -12,7 +12,7 @@ from robustlens.attacks.losses import RELATIVE, LossName, attack_loss
 from robustlens.core.criterion import logit_margin
 from robustlens.core.denormals import drop_denormals
 from robustlens.core.passes import Passes
-from robustlens.core.rng import drawn
+from robustlens.core.rng import drawn, for_part
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -136,34 +136,27 @@ class PGD:
         if self.loss in RELATIVE:
             with torch.no_grad():
                 clean = model(x)
-        worst = self._climb(model, x, y, clean, *self._draws(x, gen))
         if self.restarts == 1:
-            return worst
+            return self._climb(model, x, y, clean, gen)
+        everyone = torch.arange(len(x), device=x.device)
+        worst = self._climb(model, x, y, clean, for_part(gen, everyone, len(x)))
         broken, height = self._score(model, worst, y, clean)
         for _ in range(self.restarts - 1):
-            todo = (~broken).nonzero()[:, 0] if self.early_stop else torch.arange(len(x), device=x.device)
+            todo = (~broken).nonzero()[:, 0] if self.early_stop else everyone
             if len(todo) == 0:
                 break
             some_clean = None if clean is None else clean[todo]
-            start, luck = self._draws(x, gen)
-            found = self._climb(model, x[todo], y[todo], some_clean, start[todo], luck[todo])
+            found = self._climb(model, x[todo], y[todo], some_clean, for_part(gen, todo, len(x)))
             new_broken, new_height = self._score(model, found, y[todo], some_clean)
             worse = (new_broken & ~broken[todo]) | ((new_broken == broken[todo]) & (new_height > height[todo]))
             won = todo[worse]
             worst[won], broken[won], height[won] = found[worse], new_broken[worse], new_height[worse]
         return worst
 
-    def _draws(self, x: Tensor, gen: Generator) -> tuple[Tensor, Tensor]:
-        """Where each image starts (B, C, H, W), and a number in [0, 1) that picks a wrong class for it (B,)."""
-        start = self.threat.start(x, gen) if self.random_start else x
-        luck = x.new_zeros(len(x))
-        return start, drawn(luck, lambda t: t.uniform_(generator=gen), gen) if self.targeted else luck
-
-    def _climb(
-        self, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, point: Tensor, luck: Tensor
-    ) -> Tensor:
+    def _climb(self, model: nn.Module, x: Tensor, y: Tensor, clean: Tensor | None, gen: Generator) -> Tensor:
         threat = self.threat
         alpha = 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
+        point = threat.start(x, gen) if self.random_start else x
         result, alive = point.clone() if self.early_stop else point, torch.arange(len(x), device=x.device)
         target: Tensor | None = None
         for _ in range(self.steps):
@@ -173,7 +166,7 @@ class PGD:
                 if isinstance(threat, Lp) and threat.norm != "linf" and self.grad_floor >= 1e-20:  # moves nothing
                     drop_denormals(logits)
                 if self.targeted:
-                    target = _wrong_class(logits, y, luck) if target is None else target
+                    target = _wrong_class(logits, y, gen) if target is None else target
                     loss = -self._loss(logits, target, clean).sum()
                 else:
                     loss = self._loss(logits, y, clean).sum()
@@ -210,7 +203,7 @@ class PGD:
         return attack_loss(self.loss, logits, y, clean, inverse_temperature=self.inverse_temperature)
 
 
-def _wrong_class(logits: Tensor, y: Tensor, luck: Tensor) -> Tensor:
-    """One of the other classes for each label (B,), uniformly where ``luck`` (B,) is uniform in [0, 1)."""
-    others = logits.shape[1] - 1
-    return (y + 1 + (luck * others).long().clamp_max(others - 1)) % (others + 1)
+def _wrong_class(logits: Tensor, y: Tensor, gen: Generator) -> Tensor:
+    """One of the other classes for each label (B,), uniformly."""
+    classes = logits.shape[1]
+    return (y + drawn(y, lambda t: t.random_(1, classes, generator=gen), gen)) % classes

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
+from robustlens.core.rng import for_part
 from robustlens.core.types import Threat
 from robustlens.results.errors import require_at_least
 from robustlens.threats.lp import Lp
@@ -50,11 +51,15 @@ class RandomSearch:
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         with torch.no_grad():
             best, lowest = x.clone(), logit_margin(model(x), y)
+            standing = torch.arange(len(x), device=x.device)
+            draws = for_part(gen, standing, len(x))
             for _ in range(self.points):
-                standing = (lowest > 0).nonzero()[:, 0]
+                still = lowest[standing] > 0
+                standing = standing[still]
+                draws.keep(still)
                 if len(standing) == 0:
                     break
-                point = self.threat.start(x, gen)[standing]
+                point = self.threat.start(x[standing], draws)
                 margin = logit_margin(model(point), y[standing])
                 lower = margin < lowest[standing]
                 won = standing[lower]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from robustlens.attacks.ascent import Climbed, Climbers, Height, climbers, look, record
 from robustlens.attacks.smallest import movable
+from robustlens.core.rng import drawn
 from robustlens.threats.lp import Lp
 
 #: Radii of the three stages in multiples of eps, and the share of the steps that the first two get.
@@ -23,13 +24,14 @@ SHRINK, LEAST, DENSITY = 1.5, 10.0, 0.95
 
 
 def sparse_ascent(
-    model: nn.Module, threat: Lp, x: Tensor, labels: Tensor, height: Height, start: Tensor, *, steps: int
+    model: nn.Module, threat: Lp, x: Tensor, labels: Tensor, height: Height, *, steps: int, gen: Generator
 ) -> Climbed:
-    """Ascent in balls of 3, 2 and 1 times the radius, from ``start`` and then from the best point of the last.
+    """Ascent in balls of 3, 2 and 1 times the radius, each from the best point of the last, projected.
 
-    Both are projected. What is wrong outside the threat does not count: only the last stage ends an example.
+    The first starts at a normal draw around x, projected. What is wrong outside the threat does not count: only the
+    last stage ends an example.
     """
-    eps = threat.eps
+    eps, start = threat.eps, x + drawn(x, lambda t: t.normal_(generator=gen), gen)
     counts = [math.ceil(share * steps) for _, share in STAGES[:-1]]
     counts.append(max(steps - sum(counts), 1))
     for (times, _), count in zip(STAGES, counts, strict=True):

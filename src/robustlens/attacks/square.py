@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
-from robustlens.core.rng import drawn
+from robustlens.core.rng import SharedGenerator, drawn, for_part
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -96,7 +96,7 @@ class Square:
                 standing = (lowest > 0).nonzero()[:, 0]
                 if len(standing) == 0:
                     break
-                found, margin = self._search(model, x[standing], y[standing], _Dice(len(x), standing, gen))
+                found, margin = self._search(model, x[standing], y[standing], for_part(gen, standing, len(x)))
                 lower = margin < lowest[standing]
                 won = standing[lower]
                 best[won], lowest[won] = found[lower], margin[lower]
@@ -116,12 +116,12 @@ class Square:
             side = max(side, 3 if min(height, width) > 3 else 1) | 1
         return min(side, height), min(side, width)
 
-    def _search(self, model: nn.Module, x: Tensor, y: Tensor, dice: _Dice) -> tuple[Tensor, Tensor]:
+    def _search(self, model: nn.Module, x: Tensor, y: Tensor, gen: SharedGenerator) -> tuple[Tensor, Tensor]:
         """The images of lowest margin (B, C, H, W) that one search finds, and their margins (B,)."""
         threat, shape = self.threat, x.shape[1:]
         assert isinstance(threat, Lp)
         proposals = _Corners(threat, x) if threat.norm == "linf" else _Hills(threat, x)
-        point = proposals.start(dice)
+        point = proposals.start(gen)
         margin = logit_margin(model(point.view(len(x), *shape)), y)
         found, lowest = torch.empty_like(x).flatten(2), torch.empty_like(margin)
         alive = torch.arange(len(x), device=x.device)
@@ -133,10 +133,10 @@ class Square:
                     found[fallen], lowest[fallen] = point[~standing], margin[~standing]
                     alive, point, margin, y = alive[standing], point[standing], margin[standing], y[standing]
                     proposals.keep(standing)
-                    dice.keep(standing)
+                    gen.keep(standing)
                     if len(alive) == 0:
                         break
-            rows, asked = proposals.propose(point, self.window(query, *shape[1:]), dice)
+            rows, asked = proposals.propose(point, self.window(query, *shape[1:]), gen)
             if len(rows) == 0:
                 continue
             reached = logit_margin(model(asked.view(len(rows), *shape)), y[rows])
@@ -144,37 +144,6 @@ class Square:
             point[rows[better]], margin[rows[better]] = asked[better], reached[better]
         found[alive], lowest[alive] = point, margin
         return found.view_as(x), lowest
-
-
-@dataclass(eq=False)
-class _Dice:
-    """Draws for all ``total`` images of a batch, of which those ``alive`` are still there: the others do not matter."""
-
-    total: int
-    alive: Tensor
-    gen: Generator
-
-    def keep(self, standing: Tensor) -> None:
-        self.alive = self.alive[standing]
-
-    def below(self, end: int, *shape: int) -> Tensor:
-        """Whole numbers from 0 to ``end`` − 1 (A, *shape), int64."""
-        like = torch.empty(self.total, *shape, dtype=torch.int64, device=self.alive.device)
-        return drawn(like, lambda t: t.random_(0, end, generator=self.gen), self.gen)[self.alive]
-
-    def coins(self, *shape: int) -> Tensor:
-        return self.below(2, *shape).bool()
-
-    def signs(self, *shape: int) -> Tensor:
-        return 2 * self.below(2, *shape) - 1
-
-    def windows(self, image: torch.Size, window: tuple[int, int], channels: int) -> Tensor:
-        """Pixels (A, C, h · w) of a window for each image, the same in all channels, uniformly among those that fit."""
-        (height, width), (h, w), device = image, window, self.alive.device
-        top, left = self.below(height - h + 1, 1, 1), self.below(width - w + 1, 1, 1)
-        rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-        pixels = top * width + left + (rows[:, None] * width + columns).flatten()
-        return pixels.expand(-1, channels, h * w)
 
 
 class _Corners:
@@ -188,14 +157,15 @@ class _Corners:
     def keep(self, standing: Tensor) -> None:
         self.lower, self.upper = self.lower[standing], self.upper[standing]
 
-    def start(self, dice: _Dice) -> Tensor:
-        up = dice.coins(self.lower.shape[1], self.size[1]).repeat(1, 1, self.size[0])
+    def start(self, gen: Generator) -> Tensor:
+        n, channels, _ = self.lower.shape
+        up = _coins((n, channels, self.size[1]), self.lower, gen).repeat(1, 1, self.size[0])
         return torch.where(up, self.upper, self.lower)
 
-    def propose(self, point: Tensor, window: tuple[int, int], dice: _Dice) -> tuple[Tensor, Tensor]:
+    def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> tuple[Tensor, Tensor]:
         """Which rows (A,) change, and to what (A, C, H · W)."""
-        inside = dice.windows(self.size, window, point.shape[1])
-        up = dice.coins(point.shape[1], 1)
+        inside = _windows(point, self.size, window, gen)
+        up = _coins((*point.shape[:2], 1), point, gen)
         corner = torch.where(up, self.upper.gather(2, inside), self.lower.gather(2, inside))
         rows = (corner != point.gather(2, inside)).flatten(1).any(1).nonzero()[:, 0]
         return rows, point[rows].scatter_(2, inside[rows], corner[rows])
@@ -213,12 +183,12 @@ class _Hills:
     def keep(self, standing: Tensor) -> None:
         self.origin = self.origin[standing]
 
-    def start(self, dice: _Dice) -> Tensor:
+    def start(self, gen: Generator) -> Tensor:
         (height, width), (n, channels, _) = self.size, self.origin.shape
         side = max(min(height, width) // 5, 1)
         rows, columns = height // side, width // side
-        turned = dice.below(2, 1, rows, columns)
-        sign = dice.signs(channels, rows, columns, 1, 1)
+        turned = _coins((n, 1, rows, columns), self.origin, gen).long()
+        sign = self._signs((n, channels, rows, columns, 1, 1), gen)
         tiles = sign * hills(side, side, self.p).to(self.origin)[turned]  # (B, C, rows, columns, side, side)
         picture = tiles.transpose(3, 4).reshape(n, channels, rows * side, columns * side)
         top, left = (height - rows * side) // 2, (width - columns * side) // 2
@@ -227,13 +197,13 @@ class _Hills:
         change = self.eps * self._unit(change)
         return (self.origin + change.view_as(self.origin)).clamp_(self.low, self.high)
 
-    def propose(self, point: Tensor, window: tuple[int, int], dice: _Dice) -> tuple[Tensor, Tensor]:
+    def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> tuple[Tensor, Tensor]:
         """Which rows (A,) change, and to what (A, C, H · W)."""
         if window != self.window:
             self.window, self.shapes = window, hills(*window, self.p).to(point).flatten(1)
-        first, second = (dice.windows(self.size, window, point.shape[1]) for _ in range(2))
-        turned = dice.below(2, 1)
-        hill = dice.signs(point.shape[1], 1) * self.shapes[turned]
+        first, second = (_windows(point, self.size, window, gen) for _ in range(2))
+        turned = _coins((len(point), 1), point, gen).long()
+        hill = self._signs((*point.shape[:2], 1), gen) * self.shapes[turned]
         here, there = self.origin.gather(2, first), self.origin.gather(2, second)
         change = point.gather(2, first) - here
         cleared = point.scatter(2, first, here)
@@ -251,6 +221,9 @@ class _Hills:
 
     def _unit(self, change: Tensor) -> Tensor:
         return change / (self._power(change) ** (1 / self.p)).clamp_min_(torch.finfo(change.dtype).tiny)
+
+    def _signs(self, shape: tuple[int, ...], gen: Generator) -> Tensor:
+        return 2 * _coins(shape, self.origin, gen).to(self.origin.dtype) - 1
 
 
 def hills(height: int, width: int, p: int) -> Tensor:
@@ -277,3 +250,20 @@ def _hill(height: int, width: int, p: int) -> Tensor:
 
 def _scaled(picture: Tensor, p: int) -> Tensor:
     return picture / picture.abs().pow(p).sum() ** (1 / p)
+
+
+def _windows(point: Tensor, image: torch.Size, window: tuple[int, int], gen: Generator) -> Tensor:
+    """Pixels (B, C, h · w) of a window for each image, the same in all channels, uniformly among those that fit."""
+    (height, width), (h, w), (n, channels, _) = image, window, point.shape
+    top, left = (_below(end + 1, (n, 1, 1), point, gen) for end in (height - h, width - w))
+    rows, columns = torch.arange(h, device=point.device), torch.arange(w, device=point.device)
+    return (top * width + left + (rows[:, None] * width + columns).flatten()).expand(n, channels, h * w)
+
+
+def _coins(shape: tuple[int, ...], like: Tensor, gen: Generator) -> Tensor:
+    return _below(2, shape, like, gen).bool()
+
+
+def _below(end: int, shape: tuple[int, ...], like: Tensor, gen: Generator) -> Tensor:
+    """Whole numbers from 0 to ``end`` − 1, int64; the first dimension of ``shape`` counts images."""
+    return drawn(like.new_empty(shape, dtype=torch.int64), lambda t: t.random_(0, end, generator=gen), gen)

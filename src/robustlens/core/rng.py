@@ -15,6 +15,8 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
+from robustlens.results.errors import InputError
+
 
 def derive(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for ``purpose``, independent of every other purpose's."""
@@ -36,10 +38,13 @@ def detour(gen: Generator) -> Iterator[None]:
 
 
 def for_part(gen: Generator, part: Tensor, examples: int) -> SharedGenerator:
-    """A copy of ``gen`` that draws for all of ``examples``, of which it is for those at ``part`` (A,)."""
-    if isinstance(gen, SharedGenerator):
-        return SharedGenerator.of(gen, rows=gen.rows[part], examples=gen.examples)
-    return SharedGenerator.of(gen, rows=part, examples=examples)
+    """For those at ``part`` (A,) of the ``examples`` that ``gen`` draws for: draws for all, and takes its own rows.
+
+    It goes on from where ``gen`` is, and ``gen`` elsewhere, wherever the draws of the part end.
+    """
+    rows, whole = (gen.rows[part], gen.examples) if isinstance(gen, SharedGenerator) else (part, examples)
+    with detour(gen):
+        return SharedGenerator.of(gen, rows=rows, examples=whole)
 
 
 class SharedGenerator(Generator):
@@ -59,21 +64,32 @@ class SharedGenerator(Generator):
     def clone_state(self) -> Self:
         return type(self).of(self, rows=self.rows, examples=self.examples)
 
+    def keep(self, standing: Tensor) -> None:
+        """Go on for those of its examples that ``standing`` (B,) marks."""
+        self.rows = self.rows[standing]
+
 
 def drawn(like: Tensor, fill: Callable[[Tensor], Tensor], gen: Generator, *, batch: int = 0) -> Tensor:
     """A tensor shaped like ``like``, whose dimension ``batch`` counts examples, that ``fill`` filled from ``gen``.
 
     Where ``gen`` is shared, the draw is made for the whole batch, and its part is taken. An attack that has left some
-    of its examples alone must draw for all that it was given and take the rows of the others, so that what an example
-    gets does not depend on who else is left. A multiple of the examples is drawn as so many batches.
+    of its examples alone draws from ``for_part``, so that what an example gets does not depend on who else is left.
+
+    Raises:
+        InputError: ``gen`` is shared and for another number of examples.
     """
     if not isinstance(gen, SharedGenerator):
         return fill(torch.empty_like(like))
     shape = list(like.shape)
-    times = -(-shape[batch] // max(len(gen.rows), 1))
-    rows = torch.cat([gen.rows + number * gen.examples for number in range(times)] or [gen.rows])[: shape[batch]]
-    shape[batch] = times * gen.examples
+    if shape[batch] != len(gen.rows):
+        raise InputError(
+            "a draw of a batch that several share",
+            expected=f"{len(gen.rows)} examples, as its generator is for",
+            got=str(shape[batch]),
+            fix="For some of them draw from robustlens.core.rng.for_part(gen, left, len(x)).",
+        )
+    shape[batch] = gen.examples
     lies = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if lies else torch.contiguous_format
     whole = fill(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
-    return whole[(slice(None),) * batch + (rows.to(like.device),)]
+    return whole[(slice(None),) * batch + (gen.rows.to(like.device),)]
