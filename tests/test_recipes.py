@@ -38,6 +38,19 @@ def test_every_recipe_can_be_planned(recipe: Recipe, scale: Scale) -> None:
             assert all(run.training.epochs == 1 for run in plan.runs) and len(study.seeds) == 1
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_recipes_that_share_a_study_share_its_networks(scale: Scale) -> None:
+    """What is called the same is the same network, and is trained once."""
+    networks: dict[tuple[str, str, int], set[str]] = {}
+    for recipe in recipes().values():
+        for settings in recipe.at(scale):
+            study = make_study(settings)
+            for planned in make_plan(study).runs:
+                networks.setdefault((study.name, planned.label, planned.seed), set()).add(planned.hash)
+    assert len(networks) > 100
+    assert {where: hashes for where, hashes in networks.items() if len(hashes) > 1} == {}
+
+
 @pytest.mark.parametrize("recipe", recipes().values(), ids=recipes())
 def test_every_printed_number_has_something_to_stand_beside(recipe: Recipe) -> None:
     studies = recipe.at("laptop")

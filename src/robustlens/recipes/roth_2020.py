@@ -55,7 +55,10 @@ TRAINED: tuple[Part, ...] = (
 )
 STEPPED: tuple[Part, ...] = (
     TRAINED[0],
-    *(fine_tuned(with_step(a), "adversarial/cifar10-cnn7", objective=against(EPS, a)) for a in ALPHAS),
+    *(
+        TRAINED[1] if a == 2 / ITERS else fine_tuned(with_step(a), TRAINED[1]["preset"], objective=against(EPS, a))
+        for a in ALPHAS
+    ),
 )
 
 
