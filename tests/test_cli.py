@@ -330,6 +330,7 @@ def test_list(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in KINDS:
         assert all(name in out for name in discover(kind)), kind
     assert "mnist5k" in out and "ylecun/mnist" in out
+    assert "004-table1" in out and "000-loss-gap-falls" in call("list", "claims")[1]
     _, attacks, _ = call("list", "attack")
     assert "pgd" in attacks and "lenet-small" not in attacks
     refuse(call, "Did you mean 'lens'?", "list", "lense")

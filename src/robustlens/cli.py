@@ -321,10 +321,11 @@ def report(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="attack, objective, lens, model, data, …; nothing for all.")
+        str | None,
+        typer.Argument(help="attack, objective, lens, model, method, data, recipe, claim, …; nothing for all."),
     ] = None,
 ) -> None:
-    """Show what there is: attacks, objectives, lenses, models, data, with their settings and sources."""
+    """Show what there is, from attacks to recipes and claims, with settings and sources."""
     from robustlens.show import catalogue
 
     catalogue(console, kind)

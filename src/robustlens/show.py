@@ -216,12 +216,14 @@ def expectation(console: Console, seconds: Mapping[str, float]) -> None:
 
 
 def catalogue(console: Console, kind: str | None) -> None:
-    """Every plug-in of ``kind`` (of every kind for None; one or many: "lens", "methods") with settings and source."""
+    """What there is of ``kind`` (of every kind for None; one or many: "lens", "methods") with settings and source."""
+    from robustlens.claims.ledger import claims
     from robustlens.core.discovery import KINDS, discover
     from robustlens.data.embedded import EMBEDDED
     from robustlens.data.hub import WELL_KNOWN
+    from robustlens.recipes.recipe import recipes
 
-    kinds = [*KINDS, "method", "data"]
+    kinds = [*KINDS, "method", "data", "recipe", "claim"]
     asked = kinds if kind is None else [each for each in kinds if kind in (each, f"{each}s", f"{each}es")]
     if not asked:
         raise unknown_name("kind", str(kind), kinds)
@@ -234,6 +236,11 @@ def catalogue(console: Console, kind: str | None) -> None:
                 _entry(console, name, "", "installed with the library")
             for name, address in WELL_KNOWN.items():
                 _entry(console, name, "", f"ROBUSTLENS_DATA/{name}, or {address} on the Hub")
+        elif each == "recipe":
+            recipe_list(console, recipes().values())
+        elif each == "claim":
+            for claim in claims():
+                _entry(console, claim.name, claim.measured, f"{claim.sentence} [{claim.paper}, {claim.section}]")
         else:
             for name, cls in discover(each).items():
                 _entry(console, name, _settings(cls), _about(cls))
