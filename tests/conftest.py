@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import robustlens.cli
+from robustlens.core.rng import forked
 from robustlens.core.types import Batch, Crafted, Terms
 
 pytest_plugins = ["small_cluster", "small_accelerator"]
@@ -63,13 +64,13 @@ class SmallNet(nn.Module):
 
 @pytest.fixture
 def net() -> nn.Module:
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(3)
         return SmallNet()
 
 
 def double_net() -> nn.Module:
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(3)
         return SmallNet().double()
 
@@ -77,7 +78,7 @@ def double_net() -> nn.Module:
 @pytest.fixture
 def network() -> nn.Module:
     """One hidden layer of ReLUs, in float64."""
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(5)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 4)).double()
 
@@ -85,7 +86,7 @@ def network() -> nn.Module:
 @pytest.fixture
 def smooth() -> nn.Module:
     """A curved network with second derivatives everywhere, in float64."""
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(5)
         layers = nn.Conv2d(1, 3, 3), nn.Softplus(beta=8), nn.Flatten(), nn.Linear(108, 4)
         return nn.Sequential(*layers).double()
@@ -94,7 +95,7 @@ def smooth() -> nn.Module:
 @pytest.fixture
 def linear() -> nn.Module:
     """Softmax regression on 8 × 8 images with 4 classes, weights of unit scale."""
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(4)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
         nn.init.normal_(model[1].weight)

@@ -16,11 +16,13 @@ namespace {
 
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
 constexpr auto KEY = c10::DispatchKey::PrivateUse1;
+constexpr c10::DeviceIndex COUNT = 2;
+thread_local c10::DeviceIndex current = 0;  // the backward pass has threads of its own
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* data = std::malloc(bytes == 0 ? 1 : bytes);
-    return {data, data, &std::free, c10::Device(KIND, 0)};
+    return {data, data, &std::free, c10::Device(KIND, current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -28,16 +30,27 @@ struct Memory final : c10::Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(KIND, &memory);
 
-// One device, that is done with everything as soon as it is told.
+// Devices that are done with everything as soon as they are told.
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<KIND> {
   static constexpr c10::DeviceType static_type = KIND;
   Guard() = default;
   explicit Guard(c10::DeviceType) {}
-  c10::Device exchangeDevice(c10::Device) const override { return {KIND, 0}; }
-  c10::Device getDevice() const override { return {KIND, 0}; }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, {KIND, 0}); }
-  c10::Stream getNewStream(c10::Device, int) const override { return c10::Stream(c10::Stream::DEFAULT, {KIND, 0}); }
-  c10::Stream exchangeStream(c10::Stream) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, {KIND, 0}); }
+  c10::Device exchangeDevice(c10::Device to) const override {
+    const c10::Device from = getDevice();
+    setDevice(to);
+    return from;
+  }
+  c10::Device getDevice() const override { return {KIND, current}; }
+  void setDevice(c10::Device to) const override { uncheckedSetDevice(to); }
+  void uncheckedSetDevice(c10::Device to) const noexcept override {
+    if (to.has_index()) current = to.index();
+  }
+  c10::DeviceIndex deviceCount() const noexcept override { return COUNT; }
+  c10::Stream getStream(c10::Device at) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, at); }
+  c10::Stream getNewStream(c10::Device at, int) const override { return c10::Stream(c10::Stream::DEFAULT, at); }
+  c10::Stream exchangeStream(c10::Stream to) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, to.device());
+  }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -53,8 +66,7 @@ void resize(const c10::Storage& storage, size_t bytes) {
 
 // Draws what the CPU's generator draws.
 struct Numbers final : c10::GeneratorImpl {
-  explicit Numbers(at::Generator drawn)
-      : GeneratorImpl(c10::Device(KIND, 0), c10::DispatchKeySet(KEY)), inner(std::move(drawn)) {}
+  Numbers(at::Generator drawn, c10::Device at) : GeneratorImpl(at, c10::DispatchKeySet(KEY)), inner(std::move(drawn)) {}
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
   void set_offset(uint64_t offset) override { inner.set_offset(offset); }
   uint64_t get_offset() const override { return inner.get_offset(); }
@@ -64,18 +76,20 @@ struct Numbers final : c10::GeneratorImpl {
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
     return inner.unsafeGetGeneratorImpl()->get_state();
   }
-  Numbers* clone_impl() const override { return new Numbers(inner.clone()); }
+  Numbers* clone_impl() const override { return new Numbers(inner.clone(), device()); }
   at::Generator inner;
 };
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  at::Generator getNewGenerator(c10::DeviceIndex) const override {
-    return at::make_generator<Numbers>(at::detail::createCPUGenerator());
+  at::Generator getNewGenerator(c10::DeviceIndex index) const override {
+    const c10::Device at{KIND, index < 0 ? current : index};
+    return at::make_generator<Numbers>(at::detail::createCPUGenerator(), at);
   }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
-    static at::Generator standard = getNewGenerator(0);
-    return standard;
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override {
+    static std::array<at::Generator, COUNT> standard{getNewGenerator(0), getNewGenerator(1)};
+    return standard.at(index < 0 ? current : index);
   }
+  c10::DeviceIndex deviceCount() const override { return COUNT; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -92,12 +106,14 @@ at::Tensor seen(const at::Tensor& x) {
 }
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
-                 std::optional<c10::Device>, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+                 std::optional<c10::Device> device, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+  const c10::OptionalDeviceGuard there(device);
   return at::detail::empty_generic(size, &memory, c10::DispatchKeySet(KEY), c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<c10::ScalarType> dtype,
-                         std::optional<c10::Layout>, std::optional<c10::Device>, std::optional<bool>) {
+                         std::optional<c10::Layout>, std::optional<c10::Device> device, std::optional<bool>) {
+  const c10::OptionalDeviceGuard there(device);
   return at::detail::empty_strided_generic(size, stride, &memory, c10::DispatchKeySet(KEY),
                                            c10::dtype_or_default(dtype));
 }
@@ -176,9 +192,12 @@ void elsewhere(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
   const auto count = op.schema().arguments().size();
   const auto first = stack->size() - count;
+  std::optional<c10::Device> place;
   auto look = [&](const at::Tensor& x) {
-    TORCH_CHECK(!x.defined() || x.device().type() == KIND || x.dim() == 0 || may_mix(name),
-                "Expected all tensors to be on the same device, but ", name, " got one on ", x.device());
+    if (!x.defined() || (!x.is_privateuseone() && (x.dim() == 0 || may_mix(name)))) return;
+    if (!place) place = x.is_privateuseone() ? x.device() : c10::Device(KIND, current);
+    TORCH_CHECK(x.device() == *place, "Expected all tensors to be on the same device, but ", name, " got one on ",
+                x.device(), " beside ", *place);
   };
   for (size_t i = first; i < stack->size(); ++i) {
     auto& value = (*stack)[i];
@@ -196,6 +215,7 @@ void elsewhere(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = numbers->inner;
     }
   }
+  const c10::OptionalDeviceGuard there(place);
   at::native::cpu_fallback(op, stack);
 }
 
@@ -223,4 +243,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { at::RegisterPrivateUse1HooksInterface(new Hooks()); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  at::RegisterPrivateUse1HooksInterface(new Hooks());
+  m.def("device_count", [] { return static_cast<int>(COUNT); });
+  m.def("current_device", [] { return static_cast<int>(current); });
+  m.def("set_device", [](int index) { current = static_cast<c10::DeviceIndex>(index); });
+}

@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from robustlens.attacks.fgsm import FGSM
 from robustlens.attacks.pgd import PGD
+from robustlens.core.rng import forked
 from robustlens.core.types import Split, Splits
 from robustlens.objectives.adversarial import Adversarial
 from robustlens.objectives.noise import Noise
@@ -41,7 +42,7 @@ def small_splits(examples: int = 40) -> Splits:
 
 
 def fresh(make: Callable[[], nn.Module] = SmallNet, seed: int = 5) -> nn.Module:
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(seed)
         return make()
 

@@ -18,6 +18,7 @@ from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import evaluate
 from robustlens.core.discovery import discover
+from robustlens.core.rng import forked
 from robustlens.core.types import Attack, Batch, Lens, Subject
 from robustlens.core.world import World
 from robustlens.data.arrays import from_arrays
@@ -39,7 +40,7 @@ CASES = {case: (recipe, settings) for case, recipe, settings in cases()}
 
 def looked_at(device: torch.device | str) -> Subject:
     x, y = torch.rand(40, 1, 8, 8, generator=gen(1)), torch.arange(40) % 4
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(0)
         model = SmallNet().eval()
     splits = from_arrays(train=(x[:28], y[:28]), test=(x[28:], y[28:]))

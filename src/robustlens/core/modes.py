@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from robustlens.core.rng import forked
+
 CraftMode = Literal["eval", "train"]
 Precision = Literal["float32", "bf16-craft"]
 
@@ -25,15 +27,14 @@ def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     moving = mode == "train"
     buffers = [(b, b.clone()) for b in model.buffers()] if moving else []
-    random = torch.get_rng_state()
-    random_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         if moving != model.training or any(was != moving for _, was in modes):
             model.train(moving)
         for p, was in wanted:
             if was:
                 p.requires_grad_(False)
-        yield
+        with forked():
+            yield
     finally:
         for module, was in modes:
             module.training = was
@@ -42,9 +43,6 @@ def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        torch.set_rng_state(random)
-        if random_cuda:
-            torch.cuda.set_rng_state_all(random_cuda)
 
 
 @contextmanager
@@ -66,18 +64,14 @@ def still(model: nn.Module) -> Iterator[None]:
     Buffers and the global random state are afterwards what they were. The weights may be differentiated.
     """
     kept = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    random = torch.get_rng_state()
-    random_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         for module, name, buffer in kept:  # a copy takes its place: the graph may hold on to what a pass reads
             setattr(module, name, buffer.clone())
-        yield
+        with forked():
+            yield
     finally:
         for module, name, buffer in kept:
             setattr(module, name, buffer)
-        torch.set_rng_state(random)
-        if random_cuda:
-            torch.cuda.set_rng_state_all(random_cuda)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Self
 
 import torch
@@ -27,6 +27,11 @@ def derive(seed: int, *purpose: str | int) -> int:
 def generator(device: torch.device | str, seed: int, *purpose: str | int) -> Generator:
     """A generator on ``device`` for ``purpose`` of the run with ``seed``."""
     return Generator(device=device).manual_seed(derive(seed, *purpose))
+
+
+def forked() -> AbstractContextManager[None]:
+    """What torch draws inside without a generator, on the CPU and on every GPU, changes nothing outside."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 @contextmanager

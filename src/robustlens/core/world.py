@@ -92,7 +92,8 @@ def joined() -> World:
 def together(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, and part from them at the end; the device for this one.
 
-    Does nothing for a process that was started alone.
+    Does nothing for a process that was started alone. On accelerators each process takes the one of its number, and
+    they exchange what torch has for them (NCCL on CUDA); on CPUs by gloo.
 
     Raises:
         InputError: fewer GPUs on this machine than processes that want one.
@@ -100,18 +101,21 @@ def together(device: str) -> Iterator[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        if local >= torch.cuda.device_count():
+    local, backend = int(os.environ["LOCAL_RANK"]), "gloo"
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is not None and here.type == ("cuda" if device == "auto" else device.split(":")[0]):
+        count = torch.accelerator.device_count()
+        if local >= count:
             raise InputError(
                 "torchrun --nproc-per-node",
-                expected=f"at most {torch.cuda.device_count()} processes, one a GPU",
+                expected=f"at most {count} processes, one a GPU",
                 got=f"one that wants GPU {local + 1}",
                 fix="Start fewer, or use --device cpu.",
             )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+        device = f"{here.type}:{local}"
+        torch.get_device_module(here).set_device(local)
+        backend = distributed.get_default_backend_for_device(device)
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield "cpu" if device == "auto" else device
     finally:

@@ -17,6 +17,7 @@ from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
+from robustlens.core.rng import forked
 from robustlens.core.types import Attack, Batch, Split, Subject, Threat
 from robustlens.lenses.accuracy import at_radius
 from robustlens.lenses.bands import averaged, band
@@ -202,7 +203,7 @@ def untrained_copy(model: nn.Module, gen: Generator) -> tuple[nn.Module | None, 
     ]
     if stuck:
         return None, f"not measured: {stuck[0]} has weights and no reset_parameters"
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with forked():
         torch.manual_seed(draw_seed(gen))
         for module in fresh.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

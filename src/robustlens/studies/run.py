@@ -18,7 +18,7 @@ from robustlens.attacks.verify import evaluate
 from robustlens.core.allocator import keep_freed_memory
 from robustlens.core.discovery import build
 from robustlens.core.modes import lay_channels_last
-from robustlens.core.rng import derive, generator
+from robustlens.core.rng import derive, forked, generator
 from robustlens.core.types import Augmentation, Batch, Moment, Splits, Subject
 from robustlens.core.world import joined
 from robustlens.data.sources import load
@@ -187,7 +187,7 @@ def rehearse(run: PlannedRun, splits: Splits, lenses: Sequence[Scheduled]) -> No
         require_radii(scheduled.lens, run.threat, splits.shape)
     device = splits.test.labels.device
     gen = generator(device, run.seed, "rehearsal")
-    with torch.random.fork_rng():
+    with forked():
         try:
             built = run.model.build(splits.shape, len(splits.classes)).to(device)
         except RuntimeError as error:
@@ -222,7 +222,7 @@ def trained(
 ) -> nn.Module:
     """The network of ``run`` in eval mode, trained now or read from its directory."""
     device, world = splits.test.labels.device, joined()
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(derive(run.seed, "weights"))
         model: nn.Module = run.model.build(splits.shape, len(splits.classes)).to(device)
     if isinstance(run.start, PlannedRun):

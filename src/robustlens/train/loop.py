@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core import discovery
-from robustlens.core.rng import derive, generator
+from robustlens.core.rng import derive, forked, generator
 from robustlens.core.signals import Terminated, whole
 from robustlens.core.types import ROWS, Attack, Augmentation, Batch, Moment, Splits
 from robustlens.core.world import World, one_batch
@@ -112,11 +112,10 @@ class _Trainer:
             self.now = Progress(**facts)
             self.memory |= {name: rows[self.world.rank :: self.world.size] for name, rows in self._rows().items()}
         self.world.same(self.model)
-        cuda = [self.device] if self.device.type == "cuda" else []
         synchronised = self.config.batch_norm == "synchronised"
         together = whole() if self.world.size > 1 else nullcontext()  # a signal ends all of them at the same step
         with (
-            torch.random.fork_rng(devices=cuda),
+            forked(),
             one_batch(self.model, self.world, synchronised=synchronised),
             together,
         ):
