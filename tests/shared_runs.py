@@ -38,7 +38,10 @@ def net(*, across: bool) -> nn.Module:
     layers: dict[str, nn.Module] = {"conv": nn.Conv2d(1, 4, 3, padding=1, stride=2)}
     if across:
         layers["norm"] = nn.BatchNorm2d(4)
-    layers |= {"relu1": nn.ReLU(), "flatten": nn.Flatten()}
+    layers["relu1"] = nn.ReLU()
+    if across:
+        layers |= {"drop1": nn.Dropout2d(0.1), "drop2": nn.Dropout(0.1)}
+    layers["flatten"] = nn.Flatten()
     if across:
         layers["drop"] = nn.Dropout(0.2)
     layers |= {"fc1": nn.Linear(64, 8), "relu2": nn.ReLU(), "fc2": nn.Linear(8, 4)}

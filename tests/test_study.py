@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+import robustlens.studies.run
 from robustlens.core.discovery import build
 from robustlens.core.rng import derive
+from robustlens.core.world import World
 from robustlens.data.config import DataConfig
 from robustlens.data.sources import load
 from robustlens.results.errors import InputError, RunInUse
@@ -22,7 +26,7 @@ from robustlens.results.reading import Reading
 from robustlens.results.store import RunDirectory
 from robustlens.studies.config import make_study, read_study, single_run, write_study
 from robustlens.studies.plan import make_plan
-from robustlens.studies.run import run_study
+from robustlens.studies.run import rehearse, run_study
 from robustlens.studies.watch import SilentStudy
 
 FGSM = {"name": "fgsm", "threat": "linf:0.1"}
@@ -364,3 +368,18 @@ def test_lenses_see_the_middle_of_training_images_that_training_crops(tmp_path: 
     model.load_state_dict(load_file(run.path / "last.safetensors"))
     wrong = (model.eval()(middle / 255).argmax(1) != splits.train.labels).double().mean()
     assert reading.outcome.status == "ok" and reading["error, train"].value == pytest.approx(float(wrong))
+
+
+def test_a_batch_norm_that_cannot_be_synchronised_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True)
+    class Flat:
+        def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+
+    monkeypatch.setattr(robustlens.studies.run, "joined", lambda: World(0, 2))
+    study = make_study(settings(training={"epochs": 1, "batch_size": 20, "batch_norm": "synchronised"}))
+    plan = make_plan(study)
+    with pytest.raises(InputError, match=r"with the layer '2': expected torch\.nn\.BatchNorm2d itself"):
+        rehearse(dataclasses.replace(plan.runs[0], model=Flat()), load(study.data), plan.lenses)

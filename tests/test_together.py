@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import shared_runs
 import torch
+from conftest import gen
 from safetensors.torch import load_file
 from shared_runs import PROCESSES, carry_out, cases
 from torch import nn
@@ -66,3 +67,31 @@ def test_a_batch_norm_that_cannot_be_synchronised_is_refused(layer: nn.Module) -
             assert type(model[0]) is nn.BatchNorm2d
     with one_batch(model[:1], World(0, 2), synchronised=True):
         assert type(model[0]) is SynchronisedBatchNorm
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize(
+    ("layer", "dimensions"),
+    [
+        (nn.Dropout(0.3), 2),
+        (nn.Dropout(0.3), 4),
+        (nn.Dropout1d(0.3), 3),
+        (nn.Dropout2d(0.3), 4),
+        (nn.Dropout3d(0.3), 5),
+    ],
+    ids=str,
+)
+def test_dropout_draws_for_the_whole_batch(layer: nn.Module, dimensions: int, last: bool) -> None:
+    shape = (6, 5, 4, 3, 2)[:dimensions]
+    laid = torch.channels_last if last and dimensions == 4 else torch.contiguous_format
+    x = torch.rand(shape, generator=gen()).contiguous(memory_format=laid)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        alone = layer(x)
+        assert (alone == 0).any() and (alone > 1).any()
+        for rank in range(3):
+            with one_batch(nn.Sequential(layer), World(rank, 3), synchronised=False):
+                torch.manual_seed(3)
+                part = layer(x[rank::3].contiguous(memory_format=laid))
+            torch.testing.assert_close(part, alone[rank::3])
+            assert torch.equal(layer.eval()(x), x) and layer.train()

@@ -94,7 +94,11 @@ def drawn(like: Tensor, fill: Callable[[Tensor], Tensor], gen: Generator, *, bat
             fix="For some of them draw from robustlens.core.rng.for_part(gen, left, len(x)).",
         )
     shape[batch] = gen.examples
-    lies = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if lies else torch.contiguous_format
-    whole = fill(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout))
+    whole = fill(torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like)))
     return whole[(slice(None),) * batch + (gen.rows.to(like.device),)]
+
+
+def layout(like: Tensor) -> torch.memory_format:
+    """How ``like`` lies in memory, which decides what a draw puts where."""
+    last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format

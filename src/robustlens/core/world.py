@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, distributed, nn
 
-from robustlens.core.rng import SharedGenerator, generator
+from robustlens.core.rng import SharedGenerator, generator, layout
 from robustlens.results.errors import InputError
 
 #: How long the processes wait for the slowest of them: lenses are shared out, and some take hours.
@@ -168,28 +168,32 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         return centred * scale[:, None, None]
 
 
-class SharedDropout(nn.Dropout):
-    """Dropout with the mask of the whole batch, of which this process takes its rows."""
+def _shared(layer: type[nn.Module]) -> type[nn.Module]:
+    """The kind of dropout with the mask of the whole batch, of which this process takes its rows."""
 
-    world: World
+    class Shared(layer):  # type: ignore[misc, valid-type]
+        world: World
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        whole = x.new_empty((self.world.size * len(x), *x.shape[1:])).bernoulli_(1 - self.p).div_(1 - self.p)
-        return x * whole[self.world.rank :: self.world.size]
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                rows: Tensor = super().forward(x)
+                return rows
+            size = (self.world.size * len(x), *x.shape[1:])
+            whole = torch.ones(size, dtype=x.dtype, device=x.device).contiguous(memory_format=layout(x))
+            mask: Tensor = super().forward(whole)
+            return x * mask[self.world.rank :: self.world.size]
+
+    return Shared
 
 
-@contextmanager
-def one_batch(model: nn.Module, world: World, *, synchronised: bool) -> Iterator[None]:
-    """Inside, layers that look across a batch or draw for it see the whole of it.
+SHARED: dict[type[nn.Module], type[nn.Module]] = {
+    layer: _shared(layer) for layer in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+}
 
-    Dropout always; BatchNorm where it is ``synchronised``, else each process normalises by its own examples.
 
-    Raises:
-        InputError: a BatchNorm that cannot be ``synchronised``.
-    """
-    for name, module in model.named_modules() if world.size > 1 and synchronised else ():
+def require_synchronisable(model: nn.Module) -> None:
+    """Raise InputError for a BatchNorm of ``model`` that cannot be synchronised."""
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) is not nn.BatchNorm2d:
             raise InputError(
                 f'training.batch_norm = "synchronised" with the layer {name!r}',
@@ -197,10 +201,24 @@ def one_batch(model: nn.Module, world: World, *, synchronised: bool) -> Iterator
                 got=f"{type(module).__module__}.{type(module).__qualname__}",
                 fix='Set it to "local", give the network BatchNorm2d there, or train in one process.',
             )
+
+
+@contextmanager
+def one_batch(model: nn.Module, world: World, *, synchronised: bool) -> Iterator[None]:
+    """Inside, layers that look across a batch or draw for it see the whole of it.
+
+    Dropout always (the layers in ``SHARED``); BatchNorm where it is ``synchronised``, else each process normalises by
+    its own examples.
+
+    Raises:
+        InputError: a BatchNorm that cannot be ``synchronised``.
+    """
+    if world.size > 1 and synchronised:
+        require_synchronisable(model)
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     for module in model.modules() if world.size > 1 else ():
-        if type(module) is nn.Dropout:
-            new: type[nn.Dropout | nn.BatchNorm2d] = SharedDropout
+        if type(module) in SHARED:
+            new = SHARED[type(module)]
         elif type(module) is nn.BatchNorm2d and synchronised:
             new = SynchronisedBatchNorm
         else:

@@ -20,7 +20,7 @@ from robustlens.core.discovery import build
 from robustlens.core.modes import lay_channels_last
 from robustlens.core.rng import derive, forked, generator
 from robustlens.core.types import Augmentation, Batch, Moment, Splits, Subject
-from robustlens.core.world import joined
+from robustlens.core.world import joined, require_synchronisable
 from robustlens.data.sources import load
 from robustlens.models.adapter import check_model, load_weights
 from robustlens.results.errors import InputError, RobustlensError
@@ -213,6 +213,8 @@ def rehearse(run: PlannedRun, splits: Splits, lenses: Sequence[Scheduled]) -> No
         if isinstance(run.start, Path):
             load_weights(model, run.start)
         run.recipe.check(model, x)
+        if joined().size > 1 and run.training.batch_norm == "synchronised":
+            require_synchronisable(model)
         run.recipe.update.backward(model, run.recipe.objective, run.recipe.regularizers, batch, gen=gen)
         evaluate(run.validation, model, splits.valid.batch(torch.arange(min(4, len(splits.valid)))), gen=gen)
 
