@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from robustlens.claims.evidence import Ask
 from robustlens.cli import app
-from robustlens.core.discovery import discover
+from robustlens.core.discovery import describe, discover
 from robustlens.recipes.recipe import SCALES, Printed, Recipe, Scale, find_recipe, find_scale, recipes
 from robustlens.recipes.reproduce import Reproduction, compared, parse_seeds
 from robustlens.recipes.yamada_2021 import Gap
@@ -22,6 +22,7 @@ from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.runs import read_runs
 from robustlens.results.store import find_runs
 from robustlens.studies.config import make_study, write_study
+from robustlens.studies.epochs import schedule
 from robustlens.studies.plan import make_plan
 
 
@@ -134,6 +135,23 @@ def test_a_gap_is_training_minus_test_accuracy() -> None:
     found = Gap("accuracy", "robust accuracy").of(run("PGD", readings))
     assert found is not None and found[0].value == pytest.approx(0.2) and found[0].n == 100
     assert Gap("accuracy", "robust accuracy").of(run("PGD", readings[:1])) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other"), [("001-figure4", "001-figure2"), ("003-table1-mnist-mlp", "003-table2-mnist-lenet")]
+)
+def test_a_recipe_asks_for_its_own_lenses_alone(recipe: str, other: str) -> None:
+    lenses = tuple(schedule(chosen) for chosen in find_recipe(recipe).at("laptop")[0]["lenses"])
+    found = Reproduction(find_recipe(recipe), "laptop", (), (), (), {}, lenses)
+    known = []
+    for name in (recipe, other):
+        for chosen in find_recipe(name).at("laptop")[0]["lenses"]:
+            each = schedule(chosen)
+            settings = json.loads(json.dumps(describe(each.lens))) | {"attack used": "some"}
+            asked = found.asked(reading(each.name, {}, settings=settings))
+            known += [settings] if name == recipe else []
+            assert asked is (settings in known), settings
+            assert found.asked(reading("another", {}, settings=settings)) is False
 
 
 def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:

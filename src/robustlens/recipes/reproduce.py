@@ -14,6 +14,7 @@ from typing import Any
 import robustlens
 from robustlens.claims.ledger import ledger
 from robustlens.claims.statistics import linear, over_seeds
+from robustlens.core.discovery import describe
 from robustlens.recipes.recipe import Printed, Recipe, Scale
 from robustlens.recipes.summary import write_summary
 from robustlens.report.figures import write_figures
@@ -21,11 +22,13 @@ from robustlens.report.front import Front, beside
 from robustlens.report.front import ledger as claims_table
 from robustlens.report.page import write_page
 from robustlens.results.errors import InputError
+from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, read_runs
 from robustlens.results.seal import SEAL
 from robustlens.results.store import EXAMPLES, RunDirectory, write_atomically
 from robustlens.results.verdict import Beside, Entry, decide
 from robustlens.studies.config import make_study, write_study
+from robustlens.studies.epochs import Scheduled, schedule
 from robustlens.studies.run import run_study
 from robustlens.studies.watch import StudyWatch
 
@@ -43,6 +46,7 @@ class Reproduction:
     entries: tuple[Entry, ...]
     runs: tuple[RunDirectory, ...]
     record: dict[str, Any]
+    lenses: tuple[Scheduled, ...] = ()
 
     @property
     def front(self) -> list[Front]:
@@ -50,12 +54,13 @@ class Reproduction:
         numbers = [beside(self.rows, self.recipe.what)] if self.rows else []
         return numbers + ([claims_table(self.entries)] if self.entries else [])
 
-    @property
-    def lenses(self) -> set[str]:
-        """What the recipe looks through; other recipes may have looked at its networks through others."""
-        chosen = [lens for settings in self.recipe.studies(self.scale) for lens in settings["lenses"]]
-        names = {lens if isinstance(lens, str) else lens["name"] for lens in chosen}
-        return names or {reading.lens for run in self.runs for reading in run.readings()}
+    def asked(self, reading: Reading) -> bool:
+        """Whether the recipe asks for it; other recipes may have looked at its networks through other lenses."""
+        wanted = [(each.name, json.loads(json.dumps(describe(each.lens))).items()) for each in self.lenses]
+        return not wanted or any(
+            reading.lens == name and all(reading.settings.get(key) == value for key, value in settings)
+            for name, settings in wanted
+        )
 
 
 def reproduce(
@@ -78,6 +83,7 @@ def reproduce(
     """
     overrides = list(overrides)
     groups: list[list[RunDirectory]] = []
+    lenses: list[Scheduled] = []
     if recipe.networks is not None:
         if weights is None or not weights.is_dir():
             raise InputError(
@@ -92,6 +98,7 @@ def reproduce(
         if seeds is not None:
             settings["seeds"] = list(seeds)
         study = make_study(settings, overrides)
+        lenses += [schedule(lens) for lens in study.lenses]
         groups.append(run_study(study, out, device=device, watch=watch))
         home = groups[-1][0].path.parent
         write_atomically(home / "study.toml", write_study(study).encode())
@@ -123,7 +130,8 @@ def reproduce(
         for entry in ledger([run for group in runs for run in group])
         if recipe.paper.startswith(entry.paper.removeprefix("ours, after ")) and entry.judgement != "not run"
     )
-    return Reproduction(recipe, scale, rows, entries, tuple(run for group in groups for run in group), record)
+    directories = tuple(run for group in groups for run in group)
+    return Reproduction(recipe, scale, rows, entries, directories, record, tuple(lenses))
 
 
 def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
@@ -148,11 +156,12 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
 def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     """Write the page and the record of what came of a recipe into ``out``, and return the page.
 
-    ``keep`` also takes the record, the charts of the recipe's lenses as SVG, and the runs without weights and panels,
-    at some kilobytes each: enough to judge claims by. The summary of everything kept there is written anew beside it.
+    The page shows what the recipe asks for. ``keep`` also takes the record, the page's charts as SVG, and the runs
+    without weights and panels, at some kilobytes each: enough to judge claims by. The summary of everything kept there
+    is written anew beside it.
     """
     name = f"{found.recipe.name}-{found.scale}"
-    page = write_page(found.runs, out / f"{name}.html", title=name, front=found.front)
+    page = write_page(found.runs, out / f"{name}.html", title=name, front=found.front, only=found.asked)
     for place in (out, keep):
         if place is not None:
             text = json.dumps(found.record, indent=1, ensure_ascii=False) + "\n"
@@ -160,8 +169,8 @@ def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     if keep is not None:
         for run in found.runs:
             copy_slim(run, keep / "runs" / run.path.parent.name / run.path.name)
-        figures = write_figures(found.runs, keep / "figures" / name, format="svg")
-        kept = [path for path in figures if path.name.startswith(tuple(found.lenses))]
+        figures = write_figures(found.runs, keep / "figures" / name, format="svg", only=found.asked)
+        kept = [path for path in figures if not path.name.startswith("training")]
         for path in (keep / "figures" / name).glob("*"):  # older ones, of other names, too
             if path not in kept:
                 path.unlink()

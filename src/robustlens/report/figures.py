@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from robustlens.report.collect import sections, training_curves
 from robustlens.report.pictures import grid
 from robustlens.results.errors import InputError
 from robustlens.results.panels import Gallery, Panel
+from robustlens.results.reading import Reading
 from robustlens.results.runs import load, methods
 from robustlens.results.store import RunDirectory, write_atomically
 
@@ -30,8 +31,14 @@ def vega_lite_version() -> str:
     return str(max(known, key=lambda v: int(v.split(".")[1])))
 
 
-def write_figures(runs: Sequence[RunDirectory], directory: Path, *, format: Literal["pdf", "svg", "png"]) -> list[Path]:
-    """Write each chart to ``directory`` as ``<lens>-<title>.<format>``.
+def write_figures(
+    runs: Sequence[RunDirectory],
+    directory: Path,
+    *,
+    format: Literal["pdf", "svg", "png"],
+    only: Callable[[Reading], bool] | None = None,
+) -> list[Path]:
+    """Write each chart to ``directory`` as ``<lens>-<title>.<format>``; of the readings, those that ``only`` takes.
 
     Pictures stay pictures: a gallery becomes one PNG a method whatever the format. Tables are not drawn.
 
@@ -41,7 +48,7 @@ def write_figures(runs: Sequence[RunDirectory], directory: Path, *, format: Lite
     if format not in FORMATS:
         fix = "Choose one of these formats."
         raise InputError("figure format", expected=", ".join(FORMATS), got=repr(format), fix=fix)
-    loaded = load(runs)
+    loaded = load(runs, only)
     colours = palette(methods(loaded))
     named = [("training", group) for group in training_curves(loaded)]
     named += [(section.name, group) for section in sections(loaded) for group in section.panels()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from robustlens.report.pictures import SHOWN, data_uri
 from robustlens.report.provenance import origins
 from robustlens.report.summary import summary_of
 from robustlens.results.panels import Gallery, Panel, Table
+from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, load, methods
 from robustlens.results.store import RunDirectory, write_atomically
 
@@ -47,8 +48,17 @@ class Block:
     by_method: tuple[tuple[str, Any], ...] = ()
 
 
-def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str, front: Sequence[Front] = ()) -> Path:
+def write_page(
+    runs: Sequence[RunDirectory],
+    path: Path,
+    *,
+    title: str,
+    front: Sequence[Front] = (),
+    only: Callable[[Reading], bool] | None = None,
+) -> Path:
     """Write the report on ``runs`` to ``path`` and return it; ``front`` stands before everything else.
+
+    Of the readings it shows those that ``only`` takes.
 
     The page is self-contained: scripts, styles, data and pictures are inside, and its security policy forbids the
     browser to load anything. Runs of one label and configuration are seeds of one method.
@@ -56,7 +66,7 @@ def write_page(runs: Sequence[RunDirectory], path: Path, *, title: str, front: S
     Raises:
         InputError: no runs, a damaged run directory, or a path that cannot be written to.
     """
-    loaded = load(runs)
+    loaded = load(runs, only)
     found = sections(loaded)
     specs: list[dict[str, Any]] = []
     grouped = methods(loaded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,8 +45,8 @@ def read_runs(directories: Sequence[RunDirectory]) -> list[Run]:
     return list(found.values())
 
 
-def load(directories: Sequence[RunDirectory]) -> list[Run]:
-    """Read the runs, each once, with labels that tell them apart.
+def load(directories: Sequence[RunDirectory], only: Callable[[Reading], bool] | None = None) -> list[Run]:
+    """Read the runs, each once, with labels that tell them apart, and of their readings those that ``only`` takes.
 
     Runs of one label are seeds of one method only if their configurations agree in everything but the seed. Where
     they don't, each configuration becomes a method of its own, its label ended by the start of a hash.
@@ -67,7 +67,7 @@ def load(directories: Sequence[RunDirectory]) -> list[Run]:
         if len(configurations[run.method]) > 1:
             address = hashlib.sha256(seedless(run.config).encode()).hexdigest()[:6]
             run = replace(run, method=f"{run.method} · {address}")
-        runs.append(run)
+        runs.append(run if only is None else replace(run, readings=[r for r in run.readings if only(r)]))
     return runs
 
 
