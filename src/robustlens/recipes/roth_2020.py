@@ -159,8 +159,8 @@ FIGURE5 = robustness("linf", LINF, [2.5 * k / 255 for k in range(9)], [k / 255 f
 TRAINS: Mapping[Scale, str] = {
     "paper": "about 5 hours of one data-centre GPU and seed (estimated, not run) to train the five networks, minutes "
     "for the lenses; shared with the other recipes of this study",
-    "laptop": "8 minutes of one core to train the five networks, one to six for the lenses (measured); the networks are "
-    "shared with the other recipes of this study",
+    "laptop": "8 minutes of one core to train the five networks, one to six for the lenses (measured); shared with the "
+    "other recipes of this study",
     "smoke": "two minutes",
 }
 DIFFERS = (
