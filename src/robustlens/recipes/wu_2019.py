@@ -272,7 +272,7 @@ RECIPES: tuple[Recipe, ...] = (
         studies=lambda scale: [table2("mnist", scale, n=200, epochs=20, attacks=5)],
         printed=tuple(rows("mnist", TABLE2["mnist", "lenet"], ("Std", "DD", "Adv, paper", "Adv, sound", "AMR, paper"))),
         expects={
-            "laptop": "2 hours of two CPU cores (estimated)",
+            "laptop": "three hours of one core that had other work, half an hour more for the lenses (measured)",
             "paper": "12 hours of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} laptop: 20 epochs instead of 200, 5 of adversarial training, one seed, 200 test images.",
