@@ -279,7 +279,7 @@ def deep_table(number: int, data: str, source: str, model: str, step: int, rows:
         printed=tuple(printed),
         expects={
             "paper": "about a day of one data-centre GPU and seed (estimated, not run)",
-            "laptop": "40 minutes of one core (estimated)",
+            "laptop": "40 minutes of one core, half of them training (measured beside other work)",
             "smoke": "two minutes",
         },
         differs=f"{LAST} PGD in the evaluation has 50 steps on the margin in place of 20 on the cross-entropy. At "
