@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import config, fresh, small_splits
 from torch import distributed, nn
 
@@ -131,6 +133,18 @@ def carry_out(
         model = fresh(lambda: Logistic().build((1, 8, 8), 2)).double()
     model, splits = model.to(device), splits.to(torch.device(device))
     train(model, splits, recipe, settings, seed=3, run=RunDirectory(place / case), validation=attack, world=world)
+
+
+def require_same(there: Path, here: Path, *, tolerance: float) -> None:
+    """That the trainings at both places left the same weights and epochs."""
+    for name in ("last", "best"):
+        theirs, ours = (load_file(place / f"{name}.safetensors") for place in (there, here))
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=tolerance, atol=tolerance)
+    for one, other in zip(RunDirectory(there).metrics(), RunDirectory(here).metrics(), strict=True):
+        assert other.keys() == one.keys()
+        for key in one.keys() - {"seconds"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
 
 
 def learn(model: nn.Module, split: Split) -> None:

@@ -10,13 +10,11 @@ import pytest
 import shared_runs
 import torch
 from conftest import gen
-from safetensors.torch import load_file
-from shared_runs import PROCESSES, carry_out, cases
+from shared_runs import PROCESSES, carry_out, cases, require_same
 from torch import nn
 
 from robustlens.core.world import SynchronisedBatchNorm, World, one_batch
 from robustlens.results.errors import InputError
-from robustlens.results.store import RunDirectory
 
 #: One worker trains them all, where tests are shared out (pytest-xdist, --dist loadgroup).
 pytestmark = pytest.mark.xdist_group("together")
@@ -40,15 +38,7 @@ def test_two_processes_train_what_one_trains(case: str, shared: tuple[int, Path]
     """To 1e-10, with random starts, dropout, augmentation and BatchNorm over the whole batch too."""
     batch, root = shared
     carry_out(case, *CASES[case], tmp_path, World(), batch=batch)
-    for name in ("last", "best"):
-        alone, both = (load_file(place / case / f"{name}.safetensors") for place in (tmp_path, root))
-        for key, value in alone.items():
-            torch.testing.assert_close(both[key], value, rtol=1e-10, atol=1e-10)
-    alone, both = (RunDirectory(place / case).metrics() for place in (tmp_path, root))
-    for one, other in zip(alone, both, strict=True):
-        assert other.keys() == one.keys()
-        for key in one.keys() - {"seconds"}:
-            assert other[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
+    require_same(tmp_path / case, root / case, tolerance=1e-10)
 
 
 class Own(nn.BatchNorm2d):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SmallNet, gen
 from safetensors.torch import load_file
-from shared_runs import carry_out, cases
+from shared_runs import carry_out, cases, require_same
 from small_runs import Counting, config, fresh, small_splits
 from torch import Generator, nn
 
@@ -74,14 +74,7 @@ def test_every_training(case: str, device: torch.device, tmp_path: Path) -> None
     """In float64: objectives, regularizers, updates, constraints, augmentation, averaging, checkpoints."""
     for place, where in (("there", "cpu"), ("here", device)):
         carry_out(case, *CASES[case], tmp_path / place, World(), batch=8, device=where)
-    for name in ("last", "best"):
-        there, here = (load_file(tmp_path / place / case / f"{name}.safetensors") for place in ("there", "here"))
-        for key, value in there.items():
-            torch.testing.assert_close(here[key], value, rtol=1e-9, atol=1e-9)
-    there, here = (RunDirectory(tmp_path / place / case).metrics() for place in ("there", "here"))
-    for one, other in zip(there, here, strict=True):
-        for key in one.keys() - {"seconds"}:
-            assert other[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
+    require_same(tmp_path / "there" / case, tmp_path / "here" / case, tolerance=1e-9)
 
 
 def test_training_goes_on_where_it_stopped(device: torch.device, tmp_path: Path) -> None:

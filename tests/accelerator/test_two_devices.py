@@ -12,12 +12,11 @@ import pytest
 import small_accelerator
 import torch
 from conftest import SmallNet
-from safetensors.torch import load_file
-from shared_runs import PROCESSES, carry_out, cases
+from shared_runs import PROCESSES, carry_out, cases, require_same
 from small_accelerator import NAME
 
 from robustlens.core.world import World
-from robustlens.results.store import RunDirectory, find_runs
+from robustlens.results.store import find_runs
 from robustlens.studies.audit import audit
 from robustlens.studies.config import make_study, write_study
 from robustlens.studies.run import run_study
@@ -131,14 +130,7 @@ def shared(device: torch.device, compiled: Path, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize("case", CASES)
 def test_they_train_what_one_process_trains_on_a_cpu(case: str, shared: Path, tmp_path: Path) -> None:
     carry_out(case, *CASES[case], tmp_path, World(), batch=8)
-    for name in ("last", "best"):
-        alone, both = (load_file(place / case / f"{name}.safetensors") for place in (tmp_path, shared))
-        for key, value in alone.items():
-            torch.testing.assert_close(both[key], value, rtol=1e-9, atol=1e-9)
-    alone, both = (RunDirectory(place / case).metrics() for place in (tmp_path, shared))
-    for one, other in zip(alone, both, strict=True):
-        for key in one.keys() - {"seconds"}:
-            assert other[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
+    require_same(tmp_path / case, shared / case, tolerance=1e-9)
 
 
 def test_a_study_and_an_audit(device: torch.device, compiled: Path, tmp_path: Path) -> None:

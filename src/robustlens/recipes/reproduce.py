@@ -6,8 +6,9 @@ import datetime
 import json
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import ItemsView, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ class Reproduction:
 
     def asked(self, reading: Reading) -> bool:
         """Whether the recipe asks for it; other recipes may have looked at its networks through other lenses."""
-        wanted = [(each.name, json.loads(json.dumps(describe(each.lens))).items()) for each in self.lenses]
-        return not wanted or any(
+        return not self.lenses or any(
             reading.lens == name and all(reading.settings.get(key) == value for key, value in settings)
-            for name, settings in wanted
+            for name, settings in self._wanted
         )
+
+    @cached_property
+    def _wanted(self) -> list[tuple[str, ItemsView[str, Any]]]:
+        """The names and settings of the lenses, as readings have them."""
+        return [(each.name, json.loads(json.dumps(describe(each.lens))).items()) for each in self.lenses]
 
 
 def reproduce(
