@@ -12,14 +12,14 @@ import pytest
 from robustlens.claims.evidence import name_of
 from robustlens.claims.ledger import Claim
 from robustlens.claims.wen_2020 import CLAIMS
-from robustlens.recipes.recipe import SCALES, Recipe, Scale
-from robustlens.recipes.wen_2020 import RECIPES
+from robustlens.recipes.recipe import SCALES, Recipe, Scale, find_recipe, recipes
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.runs import Run, read_runs
 from robustlens.studies.config import StudyConfig, make_study
 from robustlens.studies.plan import make_plan
 from robustlens.studies.run import run_study
 
+RECIPES = [recipe for name, recipe in recipes().items() if name.startswith("000-")]
 BY_NAME = {claim.name.removeprefix("000-"): claim for claim in CLAIMS}
 STRENGTHS = (0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2)
@@ -308,9 +308,13 @@ def test_printed_numbers_add_up() -> None:
                 assert gap == pytest.approx(row["error gap"], abs=0.00021)
 
 
-def test_the_mnist_recipe_decides_what_mnist_can() -> None:
-    """Its runs, with made-up readings, are judged by every claim that does not name other data."""
-    study = studies(next(recipe for recipe in RECIPES if recipe.name == "000-mnist"), "paper")[0]
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("000-mnist", {"000-test-loss-falls", "000-error-gap-grows-on-cifar10"}), ("000-cifar10", set())],
+)
+def test_the_companions_decide_what_their_data_can(name: str, others: set[str]) -> None:
+    """Their runs, with made-up readings, are judged by every claim that does not name other data."""
+    study = studies(find_recipe(name), "paper")[0]
     values: dict[str, dict[str, float]] = {}
     for lens, quantity, _ in TRENDS.values():
         values.setdefault(lens, {})[quantity] = 1.0
@@ -323,7 +327,7 @@ def test_the_mnist_recipe_decides_what_mnist_can() -> None:
         for planned in make_plan(study).runs
     ]
     unjudged = {claim.name for claim in CLAIMS if not _verdicts(claim, runs)}
-    assert unjudged == {"000-test-loss-falls", "000-error-gap-grows-on-cifar10"}
+    assert unjudged == others
 
 
 def _verdicts(claim: Claim, runs: Sequence[Run]) -> int:
@@ -332,7 +336,7 @@ def _verdicts(claim: Claim, runs: Sequence[Run]) -> int:
 
 @pytest.mark.slow
 def test_a_recipe_runs(tmp_path: Any) -> None:
-    (study,) = studies(next(recipe for recipe in RECIPES if recipe.name == "000-mnist"), "smoke")
+    (study,) = studies(find_recipe("000-mnist"), "smoke")
     runs = read_runs(run_study(study, tmp_path, device="cpu"))
     assert len(runs) == 11
     lenses = {reading.lens: reading for reading in runs[0].readings}

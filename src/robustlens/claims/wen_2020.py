@@ -141,7 +141,7 @@ CLAIMS: tuple[Claim, ...] = (
         TEST_LOSS,
         FALLS,
         member=on("cifar10", "cifar100"),
-        needs="CIFAR-10 or CIFAR-100 (000-table3, 000-table4)",
+        needs="CIFAR-10 or CIFAR-100 (000-cifar10, 000-table3, 000-table4)",
     ),
     simple(
         "error-gap-grows-on-cifar10",
@@ -150,7 +150,7 @@ CLAIMS: tuple[Claim, ...] = (
         ERROR_GAP,
         RISES,
         member=on("cifar10"),
-        needs="CIFAR-10 (000-table3)",
+        needs="CIFAR-10 (000-cifar10, 000-table3)",
     ),
     claim(
         "conditional-robust-accuracy-rises",
