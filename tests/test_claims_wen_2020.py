@@ -153,12 +153,24 @@ def test_linear_models_and_other_data_are_not_judged() -> None:
     assert judged("test-loss-falls", trained(lens, "loss, test", -1.0, source="cifar100")) == ["supported"]
 
 
-def test_networks_with_one_answer_are_not_judged() -> None:
+@pytest.mark.parametrize(
+    ("lens", "found", "counts"),
+    [
+        ("accuracy", {"clean accuracy": 0.1135, "accuracy without limit": 0.1135}, False),
+        ("accuracy", {"clean accuracy": 0.1135, "accuracy without limit": 0.01}, True),
+        ("generalisation-gap", {"loss, test": 2.3025, "error, test": 0.9}, False),  # ten classes, one answer
+        ("generalisation-gap", {"loss, test": 2.1, "error, test": 0.75}, True),  # right in 25 %, exp(−2.1) is 12 %
+        ("generalisation-gap", {"loss, test": 1e-4, "error, test": 1e-3}, True),  # nearly all right, and as sure of it
+    ],
+)
+def test_networks_with_one_answer_are_not_judged(lens: str, found: dict[str, float], counts: bool) -> None:
     """Training at the largest radius left these where they began, without a gap."""
-    stuck = reading("accuracy", {"clean accuracy": 0.1135, "accuracy without limit": 0.1135})
     runs = trained("generalisation-gap", "loss gap", 0.3)
-    gone = [run(0.3, seed, [stuck, reading("generalisation-gap", {"loss gap": 0.0})]) for seed in SEEDS]
-    assert judged("loss-gap-falls", [*runs, *gone]) == judged("loss-gap-falls", runs) == ["contradicted"]
+    more = [
+        run(0.3, seed, [reading(lens, found), reading("generalisation-gap", {"loss gap": -50.0})]) for seed in SEEDS
+    ]
+    assert judged("loss-gap-falls", runs) == ["contradicted"]
+    assert judged("loss-gap-falls", [*runs, *more]) == ["supported" if counts else "contradicted"]
 
 
 def test_accuracies_at_different_radii_are_no_trend() -> None:
@@ -317,9 +329,9 @@ def test_the_companions_decide_what_their_data_can(name: str, others: set[str]) 
     study = studies(find_recipe(name), "paper")[0]
     values: dict[str, dict[str, float]] = {}
     for lens, quantity, _ in TRENDS.values():
-        values.setdefault(lens, {})[quantity] = 1.0
-    values["generalisation-gap"]["error gap"] = 1.0
-    values["layer-spectra"]["spread of singular values, conv1"] = 1.0
+        values.setdefault(lens, {})[quantity] = 0.5
+    values["generalisation-gap"]["error gap"] = 0.5
+    values["layer-spectra"]["spread of singular values, conv1"] = 0.5
     assert {name_of(lens) for lens in study.lenses} == set(values)
     readings = [reading(lens, found) for lens, found in values.items()]
     runs = [

@@ -16,6 +16,7 @@ from robustlens.core.discovery import describe, discover
 from robustlens.recipes.recipe import SCALES, Printed, Recipe, Scale, find_recipe, find_scale, recipes
 from robustlens.recipes.reproduce import Reproduction, compared, parse_seeds
 from robustlens.recipes.yamada_2021 import Gap
+from robustlens.report.front import attacked
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import wilson
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -85,6 +86,31 @@ def test_unknown_names_have_a_nearest_one() -> None:
 def test_a_recipe_without_numbers_or_verdicts_shows_no_empty_table() -> None:
     assert Reproduction(find_recipe("003-figure1"), "smoke", (), (), (), {}).front == []
     assert all(not recipe.what.endswith(".") for recipe in recipes().values())
+
+
+def test_what_an_attack_leaves_beside_autoattack_standard() -> None:
+    def left(lens: str, value: float, threat: str = "l2:2.0", **parts: Any) -> Reading:
+        settings = {"attack": {"name": "pgd", "threat": threat}} if lens == "accuracy" else {"threat": threat}
+        return reading(lens, {"robust accuracy": (value, 0.01)}, settings=settings, **parts)
+
+    checks = reading(
+        "health",
+        {"robust accuracy": 0.9, "robust accuracy after all checks": (0.4, 0.01)},
+        settings={"threat": "l2:2.0"},
+        outcome=Outcome.unreliable("Zero gradients."),
+    )
+    seeds = [
+        run("AMR", [left("accuracy", 0.99, "l2:0.5"), left("accuracy", 0.95), left("standard-accuracy", 0.3), checks]),
+        run("AMR", [left("standard-accuracy", 0.2)], seed=1),
+    ]
+    table = attacked([*seeds, run("LR", [left("accuracy", 0.1)])])
+    assert table is not None
+    assert [[cell.split(" [")[0] for cell in row] for row in table.rows] == [
+        ["AMR, seed 0", "l2:2", "95.0 %", "40.0 %", "30.0 %", "100", "unreliable"],
+        ["AMR, seed 1", "l2:2", "—", "—", "20.0 %", "100", "not run"],
+    ]
+    assert "[29.0, 31.0]" in table.rows[0][4] and table.detail[0].endswith("Zero gradients.")
+    assert attacked([run("LR", [left("accuracy", 0.1)])]) is None
 
 
 def test_our_number_beside_the_papers() -> None:

@@ -3,7 +3,7 @@
 The paper compares networks trained at ℓ∞ radii 4, 8 and 16 / 255 ("AR strength"), so most trends leave out standard
 training. Figure 3, on Tiny-ImageNet, has it, and so have the trends of its quantities: losses, errors and the loss gap.
 All networks have to be attacked at one radius, whatever they were trained for. Networks of one layer are not judged,
-and neither are those that training left with one answer for all images, whose gaps and margins are all but zero.
+and neither are those that training left no better than one answer for all images: gaps and margins are all but zero.
 
 Margins in logits and probabilities depend on the scale of the logits, so beside the margins stand those divided by the
 norm of the centred logits. Robust accuracy among the images that were right before can rise where fewer are right, so

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import hypot
+from math import exp, hypot, log
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from robustlens.claims.evidence import (
     regularizers,
 )
 from robustlens.claims.statistics import Judge, Sample, at_each_threat, over_seeds, trend
+from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import FALLS, RISES, Judgement, Region, Statistic, Verdict, decide
 
@@ -39,13 +40,29 @@ def is_deep(run: Run) -> bool:
 
 
 def is_stuck(run: Run) -> bool:
-    """It gives every image one answer: no change, however large, makes a right answer wrong."""
-    for reading in run.readings:
-        if reading.lens == "accuracy":
-            found = {quantity.name: quantity.value for quantity in reading.quantities}
-            if found.get("accuracy without limit", 0.0) >= 0.99 * found.get("clean accuracy", 1.0):
-                return True
-    return False
+    """It is no better than one answer for all images.
+
+    No change, however large, makes a right answer wrong; or it is right about as often as its probabilities of the
+    right class are large, exp(−loss), where one answer stands: at 1/K and ln K of K classes alike. What learned
+    something is right more often.
+    """
+    return any(_is_right_at_any_distance(reading) or _is_at_chance(reading) for reading in run.readings)
+
+
+def _is_right_at_any_distance(reading: Reading) -> bool:
+    found = {quantity.name: quantity.value for quantity in reading.quantities}
+    return reading.lens == "accuracy" and found.get("accuracy without limit", 0.0) >= 0.99 * found.get(
+        "clean accuracy", 1.0
+    )
+
+
+def _is_at_chance(reading: Reading) -> bool:
+    found = {quantity.name: quantity for quantity in reading.quantities}
+    if reading.lens != "generalisation-gap" or not {"loss, test", "error, test"} <= found.keys():
+        return False
+    loss, error = found["loss, test"].value, found["error, test"]
+    least = 1 - (error.value if error.high is None else error.high)
+    return loss >= 0.99 * log(2) and least <= exp(-loss)
 
 
 def trained(attack: str) -> Part:

@@ -19,7 +19,7 @@ from robustlens.core.discovery import describe
 from robustlens.recipes.recipe import Printed, Recipe, Scale
 from robustlens.recipes.summary import write_summary
 from robustlens.report.figures import write_figures
-from robustlens.report.front import Front, beside
+from robustlens.report.front import Front, attacked, beside
 from robustlens.report.front import ledger as claims_table
 from robustlens.report.page import write_page
 from robustlens.results.errors import InputError
@@ -48,12 +48,14 @@ class Reproduction:
     runs: tuple[RunDirectory, ...]
     record: dict[str, Any]
     lenses: tuple[Scheduled, ...] = ()
+    attacks: Front | None = None
 
     @property
     def front(self) -> list[Front]:
-        """The paper's numbers beside ours, and its claims, where there are some."""
+        """The paper's numbers beside ours, what AutoAttack-standard leaves of them, and its claims."""
         numbers = [beside(self.rows, self.recipe.what)] if self.rows else []
-        return numbers + ([claims_table(self.entries)] if self.entries else [])
+        attacks = [self.attacks] if self.attacks else []
+        return numbers + attacks + ([claims_table(self.entries)] if self.entries else [])
 
     def asked(self, reading: Reading) -> bool:
         """Whether the recipe asks for it; other recipes may have looked at its networks through other lenses."""
@@ -114,6 +116,8 @@ def reproduce(
     flags += "" if weights is None else " --weights DIRECTORY"
     flags += "" if device == "auto" else f" --device {device}"
     first = runs[0][0].provenance
+    believed = recipe.networks is not None or any(lens.name == "standard-accuracy" for lens in lenses)
+    attacks = attacked([run for group in runs for run in group]) if believed else None
     record = {
         "recipe": recipe.name,
         "paper": recipe.paper,
@@ -129,6 +133,7 @@ def reproduce(
         "networks": sum(len(group) for group in runs),
         "differs": recipe.differs,
         "rows": [asdict(row) for row in rows],
+        "attacks": attacks and asdict(attacks),
     }
     entries = tuple(
         entry
@@ -136,7 +141,7 @@ def reproduce(
         if recipe.paper.startswith(entry.paper.removeprefix("ours, after ")) and entry.judgement != "not run"
     )
     directories = tuple(run for group in groups for run in group)
-    return Reproduction(recipe, scale, rows, entries, directories, record, tuple(lenses))
+    return Reproduction(recipe, scale, rows, entries, directories, record, tuple(lenses), attacks)
 
 
 def compared(printed: Printed, runs: Sequence[Run]) -> Beside:

@@ -55,6 +55,9 @@ def _section(record: dict[str, Any], place: Path) -> str:
         troubles = [row.trouble for row in rows if row.trouble]
         if troubles:
             lines.append(f"⚠ {len(troubles)} of these numbers rest on unreliable readings. The first: {troubles[0]}\n")
+    if record["attacks"]:
+        attacks = front.Front(**record["attacks"])
+        lines += [f"**{attacks.title}** {attacks.note}\n", *_table(attacks), ""]
     figures = sorted((place / "figures" / name).glob("*.svg"))
     if figures:
         links = (f"[{figure.stem}]({place.name}/figures/{name}/{figure.name})" for figure in figures)

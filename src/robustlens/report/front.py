@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from robustlens.report.numbers import interval, number
+from robustlens.results.reading import Reading, spelled
+from robustlens.results.runs import Run
 from robustlens.results.verdict import Beside, Entry, Statistic
 
 
@@ -55,6 +58,48 @@ def beside(rows: Sequence[Beside], what: str) -> Front:
         details.append(f"Within {allowed} of the paper's number it agrees. {row.trouble}".strip())
     header = ("row", "column", "paper", "ours", "difference", "seeds, examples", "verdict")
     return Front("The paper beside ours", f"{what}. Brackets: 95 % intervals.", header, tuple(cells), tuple(details))
+
+
+def attacked(runs: Sequence[Run]) -> Front | None:
+    """A row a network that AutoAttack-standard was run on: what the study's own attack left at the same radius, what
+    the health checks of that attack leave, and what AutoAttack-standard leaves; None where it was run on none.
+    """
+    cells, details = [], []
+    seeds = {method: {run.seed for run in runs if run.method == method} for method in {run.method for run in runs}}
+    for run in runs:
+        for standard in (reading for reading in run.readings if reading.lens == "standard-accuracy"):
+            alike = [reading for reading in run.readings if _threat(reading) == _threat(standard)]
+            own = next((reading for reading in alike if reading.lens == "accuracy"), None)
+            health = next((reading for reading in alike if reading.lens == "health"), None)
+            label = f"{run.method}, seed {run.seed}" if len(seeds[run.method]) > 1 else run.method
+            n = next((quantity.n for quantity in standard.quantities), None)
+            cells.append(
+                (
+                    label,
+                    _threat(standard),
+                    _left(own, "robust accuracy"),
+                    _left(health, "robust accuracy after all checks"),
+                    _left(standard, "robust accuracy"),
+                    "—" if n is None else f"{n:,}",
+                    "not run" if health is None else health.outcome.status,
+                )
+            )
+            details.append(" ".join(each.outcome.why or each.says for each in (standard, health) if each).strip())
+    note = "The share of images that stays right; every one is an upper bound. n: under AutoAttack-standard."
+    header = ("network", "radius", "its attack", "all health checks", "AutoAttack-standard", "n", "the checks")
+    return Front("Can the attack be believed?", note, header, tuple(cells), tuple(details)) if cells else None
+
+
+def _threat(reading: Reading) -> str:
+    attack = reading.settings.get("attack") if reading.lens == "accuracy" else None
+    return spelled(str((attack or reading.settings).get("threat", "")))
+
+
+def _left(reading: Reading | None, name: str) -> str:
+    found = {quantity.name: quantity for quantity in reading.quantities}.get(name) if reading else None
+    if found is None:
+        return "—"
+    return f"{number(found.value, 'fraction')} {interval(found.low, found.high, 'fraction')}".strip()
 
 
 def _exact(value: float, percent: bool) -> str:
