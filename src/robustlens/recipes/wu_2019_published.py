@@ -61,7 +61,7 @@ RECIPES: tuple[Recipe, ...] = (
         networks=published,
         printed=PUBLISHED_ROWS,
         expects={
-            "laptop": "two and a half hours of one core (half an hour of it measured)",
+            "laptop": "about an hour of one core (half of it measured)",
             "paper": "half a day of one core (estimated)",
         },
         differs="Nothing is trained: --weights names the directory of mnist-cnn-std.safetensors and the other three. "
