@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from robustlens.attacks.fgsm import FGSM
 from robustlens.attacks.noise import UniformNoise
-from robustlens.core.rng import generator
+from robustlens.core.rng import forked, generator, seed_torch
 from robustlens.core.types import Batch, Split, Splits
 from robustlens.core.world import World
 from robustlens.objectives.adversarial import Adversarial
@@ -106,6 +106,15 @@ def test_bit_for_bit_as_a_plain_loop(settings: dict[str, Any], optimizer: Any, f
         assert value.equal(trace[-1][name])
     assert load_file(tmp_path / "last.safetensors")["1.weight"].equal(trace[-1]["1.weight"])
     assert [r["learning_rate"] for r in records] == [settings["lr"]] * 2 + [settings["lr"] / 2]
+
+
+def test_dropout_draws_as_after_torchs_own_seeding() -> None:
+    x = torch.ones(1000)
+    with forked():
+        torch.manual_seed(11)
+        theirs = F.dropout(x)
+        seed_torch(torch.device("cpu"), 11)
+        assert torch.equal(F.dropout(x), theirs) and not torch.equal(F.dropout(x), theirs)
 
 
 def test_defaults_of_the_optimizers_are_torch_ones(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ RECIPES: tuple[Recipe, ...] = (
         studies=mnist,
         expects={
             "paper": "about five hours on two cores (estimated)",
-            "laptop": "70 minutes a seed, measured on one core that had other work",
+            "laptop": "20 minutes a seed, measured on one core",
             "smoke": "a minute",
         },
         differs="A companion: the paper has no MNIST. At paper scale 20 epochs on all of it but the 2 % that validate; "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core import discovery
-from robustlens.core.rng import derive, forked, generator
+from robustlens.core.rng import derive, forked, generator, seed_torch
 from robustlens.core.signals import Terminated, whole
 from robustlens.core.types import ROWS, Attack, Augmentation, Batch, Moment, Splits
 from robustlens.core.world import World, one_batch
@@ -181,7 +181,7 @@ class _Trainer:
             self.batch = self.data.train.batch(self.world.share(index))
         batch = self.batch
         gen = self.world.generator(self.device, self.seed, "step", now.epoch, number, examples=len(index))
-        torch.manual_seed(derive(self.seed, "dropout", now.epoch, number))
+        seed_torch(self.device, derive(self.seed, "dropout", now.epoch, number))
         x = batch.x
         for augmentation in self.augment:
             x = augmentation.augment(x, gen=gen)
@@ -273,7 +273,7 @@ class _Trainer:
             save_weights(self.kept, self.run.path / f"{name}.safetensors", {"epoch": epoch})
 
     def _validate(self) -> dict[str, float]:
-        torch.manual_seed(derive(self.seed, "validate", self.now.epoch))  # of a network that draws at random
+        seed_torch(self.device, derive(self.seed, "validate", self.now.epoch))  # of a network that draws at random
         split, size = self.data.valid.first(self.config.validation_examples), max(self.config.batch_size, 250)
         return validate(
             self.kept, split, self.validation, seed=self.seed, epoch=self.now.epoch, batch_size=size, world=self.world
