@@ -120,7 +120,7 @@ RECIPES: tuple[Recipe, ...] = (
         studies=cifar10,
         expects={
             "paper": "about 10 hours on one data-centre GPU (estimated)",
-            "laptop": "an hour and a half a seed, on one core (estimated)",
+            "laptop": "75 minutes a seed, measured on one core that had other work",
             "smoke": "a minute",
         },
         differs="A companion, for a regime that the laptop scale of 000-table3 does not reach: there, networks learn "
