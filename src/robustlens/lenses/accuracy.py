@@ -24,7 +24,7 @@ from robustlens.lenses.pictures import class_name, compared
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
-from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.reading import Outcome, Quantity, Reading, spelled
 from robustlens.threats.lp import Lp
 
 #: More than this share of examples with a useless gradient, or that nothing can break, makes a reading unreliable.
@@ -290,11 +290,8 @@ def _outcome(record: _Record, unlimited: float) -> Outcome:
 def _sentence(record: _Record, threat: Threat) -> str:
     n, last = len(record), len(record.radii) - 1
     before, after = int(record.right(0).sum()), int(record.right(last).sum())
-    norm = str(threat).partition(":")[0]
-    return (
-        f"The model gets {before / n:.1%} of {n} images right, and at most {after / n:.1%} when each may be changed by "
-        f"up to {record.radii[last]:.4g} ({norm})."
-    )
+    radius = spelled(f"{str(threat).partition(':')[0]}:{record.radii[last]!r}")
+    return f"The model gets {before / n:.1%} of {n} images right, and at most {after / n:.1%} within {radius} of them."
 
 
 def _panels(record: _Record, y: Tensor, classes: tuple[str, ...], threat: Threat) -> tuple[Panel, ...]:

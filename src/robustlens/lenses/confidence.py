@@ -23,7 +23,7 @@ from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.results.errors import InputError
 from robustlens.results.intervals import Interval, bootstrap_mean, wilson
 from robustlens.results.panels import Curve, Floats, Histogram, Series, Table
-from robustlens.results.reading import Outcome, Quantity, Reading
+from robustlens.results.reading import Outcome, Quantity, Reading, spelled
 from robustlens.threats.lp import Lp
 
 #: Probabilities that count as middle, and that the enlarged histograms show; their losses are −log of them.
@@ -172,11 +172,12 @@ class Confidence:
             for quantity in _changes(radius, what, unit, each, seed)
         ]
         before, after = (np.exp(-losses[f"test, {state}"]).mean() for state in ("clean", "attacked"))
+        largest = spelled(f"{str(attack.threat).partition(':')[0]}:{radii[-1]!r}")
         return Reading(
             lens=self.name,
             says=(
                 f"The network gives the right class of a test image a probability of {before:.1%} on average, "
-                f"and of at most {after:.1%} under attack; a change of size {radii[-1]:.3g} can raise the loss by at "
+                f"and of at most {after:.1%} under attack; a change within {largest} can raise the loss by at "
                 f"least {variations[radii[-1]].mean():.3g} on average."
             ),
             quantities=(*levels, *changes),

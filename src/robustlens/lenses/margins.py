@@ -113,8 +113,8 @@ class LogitMargins:
         return Reading(
             lens=self.name,
             says=(
-                f"On test images the right answer leads the best wrong one by {middle:.3g} logits on average; "
-                f"for {share:.1%} of the images the lead or the deficit is below {self.near:g}."
+                f"On test images the right answer {'leads' if middle >= 0 else 'trails'} the best wrong one by "
+                f"{abs(middle):.3g} logits on average; for {share:.1%} of the images they are within {self.near:g}."
             ),
             quantities=tuple(quantities),
             headline=("mean normalised margin, test",),
