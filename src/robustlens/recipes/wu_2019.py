@@ -301,7 +301,7 @@ RECIPES: tuple[Recipe, ...] = (
             for printed in rows("cifar10", TABLE1["cifar10", short], PRINTED, study=study_, what=f"{short.upper()}, ")
         ),
         expects={
-            "laptop": "an hour of two CPU cores (estimated)",
+            "laptop": "70 minutes of one core that had other work (measured)",
             "paper": "a day of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} laptop: 5,000 training images, 20 and 10 epochs instead of 200, one seed, 200 and 40 test "
