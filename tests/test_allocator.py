@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-#: Pages that the system hands out while a block of 64 MiB is written and freed eight times, before and after.
+#: Pages that the system hands out while a block of 64 MiB is written and freed eight times, before and after. Once in a
+#: while something small comes to lie in a freed block, and one more is asked for: the least of three counts.
 COUNT = """
 import resource
 import torch
@@ -23,7 +24,7 @@ def pages():
 first = pages()
 keep_freed_memory()
 pages()
-print(first, pages())
+print(first, min(pages() for _ in range(3)))
 """
 
 
