@@ -290,7 +290,7 @@ def _outcome(record: _Record, unlimited: float) -> Outcome:
 def _sentence(record: _Record, threat: Threat) -> str:
     n, last = len(record), len(record.radii) - 1
     before, after = int(record.right(0).sum()), int(record.right(last).sum())
-    radius = spelled(f"{str(threat).partition(':')[0]}:{record.radii[last]!r}")
+    radius = spelled(str(threat), record.radii[last])
     return f"The model gets {before / n:.1%} of {n} images right, and at most {after / n:.1%} within {radius} of them."
 
 

@@ -172,7 +172,7 @@ class Confidence:
             for quantity in _changes(radius, what, unit, each, seed)
         ]
         before, after = (np.exp(-losses[f"test, {state}"]).mean() for state in ("clean", "attacked"))
-        largest = spelled(f"{str(attack.threat).partition(':')[0]}:{radii[-1]!r}")
+        largest = spelled(str(attack.threat), radii[-1])
         return Reading(
             lens=self.name,
             says=(

@@ -20,6 +20,15 @@ from robustlens.results.store import RunDirectory
 Scale = Literal["smoke", "laptop", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "laptop", "paper")
 
+#: More examples than any split has.
+ALL = 100_000
+#: Steps that get somewhere in the few epochs of laptop scale, where a paper's own do not.
+QUICK: Mapping[str, Any] = {
+    "batch_size": 50,
+    "optimizer": {"name": "adam", "lr": 1e-3},
+    "schedule": {"name": "one-cycle"},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Printed:

@@ -15,7 +15,7 @@ from typing import Any
 
 from robustlens.claims.evidence import Ask
 from robustlens.methods.wen_2020 import PAPER, STRENGTHS
-from robustlens.recipes.recipe import Printed, Recipe, Scale
+from robustlens.recipes.recipe import ALL, QUICK, Printed, Recipe, Scale
 from robustlens.recipes.wen_2020_numbers import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, Numbers
 
 THREAT = "linf:8/255"
@@ -29,19 +29,9 @@ LAPTOP: dict[str, Any] = {
     "optimizer": {"lr": 0.02},
     "schedule": {"name": "multistep", "milestones": [10, 15], "gamma": 0.1},
 }
-#: For Tiny-ImageNet: in these steps the networks at 0 and 4 / 255 learn more. At 8 and 16 they learn in neither.
-QUICK: dict[str, Any] = {
-    "epochs": 20,
-    "batch_size": 50,
-    "optimizer": {"name": "adam", "lr": 1e-3},
-    "schedule": {"name": "one-cycle"},
-}
 FEW = {"train": 3000, "valid": 200, "test": 2000}
 
 Settings = dict[str, Any]
-
-#: More examples than any split has.
-ALL = 100_000
 
 #: Table 1 prints variations of the loss that fit those of the probability alone (the lens says why).
 MEASURES: dict[str, Ask] = {
@@ -142,8 +132,9 @@ def weaker(scale: Scale) -> list[Settings]:
 
 
 def tiny(scale: Scale) -> list[Settings]:
-    """Tiny-ImageNet; at laptop scale 20 of its 200 classes."""
+    """Tiny-ImageNet; at laptop scale 20 of its 200 classes, by steps in which networks at 0 and 4 / 255 learn more."""
     whole = scale == "paper"
+    quick = {"epochs": 20, **QUICK}
     source: Settings = {"source": "tiny-imagenet", "valid_fraction": 0.02}
     return [
         {
@@ -152,7 +143,7 @@ def tiny(scale: Scale) -> list[Settings]:
             "model": "wrn50-2" if whole else "lenet-small",
             "threat": THREAT,
             "training": {"validate_every": 10, "validation_examples": 200},
-            "methods": [method(f"AR {s}", f"pgd-{s}/tiny-imagenet@paper", scale, QUICK) for s in (0, *STRENGTHS)],
+            "methods": [method(f"AR {s}", f"pgd-{s}/tiny-imagenet@paper", scale, quick) for s in (0, *STRENGTHS)],
             "seeds": [0] if whole else [0, 1, 2],
             "lenses": lenses(THREAT, 8 / 255, RADII, ALL if whole else 1000),
         }

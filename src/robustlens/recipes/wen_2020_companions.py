@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustlens.methods.wen_2020 import PAPER
-from robustlens.recipes.recipe import Recipe, Scale
-from robustlens.recipes.wen_2020 import ALL, RADII, Settings, lenses
+from robustlens.recipes.recipe import ALL, QUICK, Recipe, Scale
+from robustlens.recipes.wen_2020 import RADII, Settings, lenses
 
 CLIP = [{"name": "spectral-clip", "norm": 1.0}]
 
@@ -82,9 +82,7 @@ def cifar10(scale: Scale) -> list[Settings]:
             "threat": "linf:2/255",
             "training": {
                 "epochs": 40,
-                "batch_size": 50,
-                "optimizer": {"name": "adam", "lr": 1e-3},
-                "schedule": {"name": "one-cycle"},
+                **QUICK,
                 "augment": [],
                 "validate_every": 10,
                 "validation_examples": 200,

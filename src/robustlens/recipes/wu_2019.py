@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robustlens.recipes.recipe import Recipe, Scale
+from robustlens.recipes.recipe import ALL, QUICK, Recipe, Scale
 from robustlens.recipes.wu_2019_numbers import RADII, TABLE1, TABLE2, rows, threat
 
 PAPER = "Wu & Yu 2019, arXiv 1907.11780"
@@ -28,18 +28,13 @@ SLOW = (
 )
 #: Data that is left of the training set at laptop scale.
 FEW_IMAGES = 5_000
-#: For CIFAR-10 at laptop scale, where the paper's rates leave the CNN with one answer for all images after 10 epochs.
-QUICK: dict[str, Any] = {
-    "batch_size": 50,
-    "optimizer": {"name": "adam", "lr": 1e-3},
-    "schedule": {"name": "one-cycle"},
-}
-#: More examples than any split has.
-ALL = 100_000
 
 
 def method(data: str, short: str, label: str, epochs: int | None = None) -> dict[str, Any]:
-    """A preset under its label ("AMR, paper"), with its own epochs or ``epochs``."""
+    """A preset under its label ("AMR, paper"), with its own epochs or ``epochs``.
+
+    In a few of them the paper's rates leave CIFAR-10's CNN with one answer for all images.
+    """
     name, _, protocol = label.partition(", ")
     preset = f"{NAMES[name]}/{data}-{short}" + (f"@{protocol}" if protocol else "")
     if epochs is None:

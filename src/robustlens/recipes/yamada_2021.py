@@ -14,7 +14,7 @@ from typing import Any
 
 from robustlens.claims.evidence import Ask
 from robustlens.methods.yamada_2021 import MNIST2
-from robustlens.recipes.recipe import Printed, Recipe, Scale
+from robustlens.recipes.recipe import ALL, QUICK, Printed, Recipe, Scale
 from robustlens.results.reading import Quantity, Reading
 from robustlens.results.runs import Run
 
@@ -29,17 +29,6 @@ TOLERANCE = 0.0015
 #: The gaps are differences of two such numbers.
 GAP_TOLERANCE = 0.002
 DEEP_TOLERANCE = 0.02
-
-#: More examples than any split has.
-ALL = 100_000
-
-#: Fewer epochs, in steps that get somewhere in them.
-QUICK: dict[str, Any] = {
-    "epochs": 8,
-    "batch_size": 50,
-    "optimizer": {"name": "adam", "lr": 1e-3},
-    "schedule": {"name": "one-cycle"},
-}
 
 Lens = dict[str, Any]
 #: (ε, training accuracy, test accuracy), in percent.
@@ -244,7 +233,7 @@ def deep(data: str, source: str, model: str, step: int) -> Callable[[Scale], lis
                 )
         if small:
             for method in methods:
-                method["training"] = QUICK
+                method["training"] = {"epochs": 8, **QUICK}
         n = 500 if small else 2000
         return [
             {

@@ -17,9 +17,13 @@ Status = Literal["ok", "unreliable", "failed"]
 BITS = {"clean accuracy": "clean", "robust accuracy": "robust"}
 
 
-def spelled(threat: str) -> str:
-    """A threat as people write it: "linf:0.03137254901960784" is "linf:8/255"; four digits of any other radius."""
+def spelled(threat: str, at: float | None = None) -> str:
+    """A threat as people write it: "linf:0.03137254901960784" is "linf:8/255"; four digits of any other radius.
+
+    ``at`` is a radius in place of the threat's own.
+    """
     norm, _, radius = threat.partition(":")
+    radius = radius if at is None else repr(at)
     try:
         eps = float(radius)
     except ValueError:
