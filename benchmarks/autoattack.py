@@ -66,6 +66,9 @@ NETWORKS = {
     "MNIST, PGD ℓ∞": Network("linf:0.1", objective=pgd("linf:0.1")),
     "MNIST, PGD ℓ2": Network("l2:1.5", objective=pgd("l2:1.5")),
     "CIFAR-10, PGD ℓ∞": Network("linf:4/255", "cifar10", "convnet", pgd("linf:4/255"), 6),
+    "LeNet, standard, ℓ∞": Network("linf:0.1", model="lenet"),
+    "LeNet, PGD ℓ∞": Network("linf:0.1", model="lenet", objective=pgd("linf:0.1")),
+    "LeNet, PGD ℓ2": Network("l2:1.5", model="lenet", objective=pgd("l2:1.5")),
 }
 
 

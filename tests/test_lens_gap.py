@@ -46,11 +46,23 @@ def test_levels_gaps_and_their_signs() -> None:
     assert "threat" not in reading.settings and "50.0 points higher" in reading.says
 
 
-def test_splits_give_equally_many_examples() -> None:
+def test_each_split_gives_what_is_asked_for_or_all_that_it_has() -> None:
     subject = two_sided_subject(train_shifts=[0.2] * 30, test_shifts=[0.2] * 12)
-    for wanted, n in ((None, 12), (100, 12), (5, 5)):
+    for wanted, train, test in ((None, 30, 12), (100, 30, 12), (20, 20, 12), (5, 5, 5)):
         reading = GeneralisationGap(n_examples=wanted, robust=False).look(subject, gen=gen())
-        assert reading["loss gap"].n == n and reading["loss gap"].value == pytest.approx(0.0, abs=1e-9)
+        assert (reading["loss, train"].n, reading["loss, test"].n, reading["loss gap"].n) == (train, test, test)
+        assert reading["loss gap"].value == pytest.approx(0.0, abs=1e-9) and f"on {train} images" in reading.says
+
+
+def test_more_test_images_than_training_images_narrow_the_interval() -> None:
+    shifts = [0.3, -0.1, 0.2, 0.1, -0.2] * 40
+    few, many = (
+        GeneralisationGap(robust=False).look(two_sided_subject(train_shifts=shifts[:20], test_shifts=test), gen=gen())
+        for test in (shifts[:20], shifts)
+    )
+    assert many["loss gap"].value == pytest.approx(few["loss gap"].value, abs=1e-9)
+    width = [reading["loss gap"].high - reading["loss gap"].low for reading in (few, many)]
+    assert width[1] < 0.85 * width[0]  # (1/20 + 1/200)^½ against (2/20)^½: 0.74
 
 
 def test_attack_of_ones_own() -> None:

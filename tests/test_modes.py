@@ -215,15 +215,15 @@ class Flat(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
+        self.convolutions = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Conv2d(20, 4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).view(len(x), -1)
+        return self.convolutions(x).view(len(x), -1)
 
 
 def test_channels_last_inside_and_the_same_weights_after() -> None:
     x = torch.rand(2, 3, 8, 8, generator=gen())
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    model = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 4, 1), nn.Flatten(), nn.Linear(144, 2))
     weight, data = model[0].weight, model[0].weight.data
     before = model(x)
     with channels_last(model, x):
@@ -236,10 +236,16 @@ def test_channels_last_inside_and_the_same_weights_after() -> None:
 
 
 def test_activations_of_gray_images_are_channels_last_too() -> None:
-    x, model = torch.rand(2, 1, 8, 8, generator=gen()), nn.Conv2d(1, 4, 3)
-    with channels_last(model, x):
-        found = model(x)
+    x, first = torch.rand(2, 1, 8, 8, generator=gen()), nn.Conv2d(1, 20, 3)
+    with channels_last(nn.Sequential(first, nn.Conv2d(20, 4, 3)), x):
+        found = first(x)
     assert found.is_contiguous(memory_format=torch.channels_last) and not found.is_contiguous()
+
+
+def test_narrow_networks_keep_the_usual_layout() -> None:
+    x, model = torch.rand(2, 3, 8, 8, generator=gen()), nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3))
+    with channels_last(model, x):
+        assert model(x).is_contiguous()
 
 
 def test_a_network_that_cannot_is_left_alone() -> None:

@@ -212,7 +212,7 @@ class _Hills:
         available = (available + unused[:, :, None] / point.shape[1]).clamp_min_(0) ** (1 / self.p)
         change = available * self._unit(hill + self._unit(change))
         asked = cleared.scatter_(2, second, there).scatter_(2, first, (here + change).clamp_(self.low, self.high))
-        rows = (asked != point).flatten(1).any(1).nonzero()[:, 0]
+        rows = (asked - point).abs_().flatten(1).amax(1).nonzero()[:, 0]
         return (rows, asked) if len(rows) == len(point) else (rows, asked[rows])
 
     def _power(self, change: Tensor) -> Tensor:

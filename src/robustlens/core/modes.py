@@ -14,6 +14,9 @@ from robustlens.core.rng import forked
 CraftMode = Literal["eval", "train"]
 Precision = Literal["float32", "bf16-craft"]
 
+#: Convolutions that read no more channels than this are quicker in the usual layout (LeNetSmall forward: by a third).
+NARROW = 16
+
 
 @contextmanager
 def untouched(model: nn.Module, *, mode: CraftMode = "eval") -> Iterator[None]:
@@ -78,7 +81,7 @@ def still(model: nn.Module) -> Iterator[None]:
 def channels_last(model: nn.Module, x: Tensor) -> Iterator[None]:
     """Convolutions in channels-last layout inside, on a CPU, where they take a third to a half less time.
 
-    A network that cannot is left as it is. The weights themselves come back, not copies of them.
+    A network that cannot, or is narrow, is left as it is. The weights themselves come back, not copies of them.
     """
     weights = _convolutions(model) if x.device.type == "cpu" else []
     before = [weight.data for weight in weights]
@@ -94,7 +97,8 @@ def channels_last(model: nn.Module, x: Tensor) -> Iterator[None]:
 def lay_channels_last(model: nn.Module, x: Tensor) -> None:
     """Copy the weights of all convolutions into channels-last layout, which their outputs then have too.
 
-    A network that cannot (one that views activations flat, say) is left as it is; ``x`` (B, C, H, W) is tried.
+    A network that cannot (one that views activations flat, say), or whose convolutions all read ``NARROW`` channels or
+    fewer, is left as it is; ``x`` (B, C, H, W) is tried.
     ``contiguous`` would leave weights with one input channel as they are, because both layouts fit them; but their
     strides decide how the activations lie, and a ReLU or a convolution between two layouts takes up to ten times as
     long.
@@ -109,7 +113,9 @@ def lay_channels_last(model: nn.Module, x: Tensor) -> None:
 
 
 def _convolutions(model: nn.Module) -> list[Tensor]:
-    return [module.weight for module in model.modules() if type(module) is nn.Conv2d]
+    """Weights of all convolutions; none where none reads more than ``NARROW`` channels."""
+    found = [module for module in model.modules() if type(module) is nn.Conv2d]
+    return [module.weight for module in found] if any(each.in_channels > NARROW for each in found) else []
 
 
 def _answers(model: nn.Module, x: Tensor) -> bool:

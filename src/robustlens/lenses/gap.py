@@ -32,15 +32,15 @@ class GeneralisationGap:
 
     The error gap equals training accuracy − test accuracy, so both are positive where the model does worse on new
     images. The loss is cross-entropy per example, in eval mode, on stored images without augmentation: the running
-    loss of training is measured on augmented images and moving weights and is another number. Both
-    splits give equally many examples, and every gap has a 95 % bootstrap interval over examples.
+    loss of training is measured on augmented images and moving weights and is another number. Every gap has a 95 %
+    bootstrap interval over the examples of both splits; its n is that of the smaller sample.
 
     The robust loss is max(ℓ(x), ℓ(x_adv)) with x_adv from ``attack``, a lower bound of the maximum of the loss over
     the threat; the robust error counts examples that are wrong before or after the attack. Attack for loss and not
     only for a wrong answer, or the robust loss means little: PGD on the cross-entropy does so.
 
     Attributes:
-        n_examples: examples of each split (a fixed random sample); None takes as many as both have.
+        n_examples: examples of each split (a fixed random sample), or all that it has; None takes all of both.
         robust: also measure the gaps under attack.
         attack: None is PGD on the cross-entropy, 20 steps, in the subject's threat.
         batch_size: examples of a forward pass.
@@ -99,14 +99,12 @@ class GeneralisationGap:
         if self.robust:
             settings |= {"threat": str(attack.threat), "attack used": describe(attack)}
         train, test = subject.splits.train, subject.splits.test
-        n = min(len(train), len(test), self.n_examples or max(len(train), len(test)))
-        if n == 0:
+        if len(train) == 0 or len(test) == 0:
             why = "A gap needs training images beside the test images; none were given."
             return Reading(self.name, "No gap was measured.", Outcome.failed(why), settings=settings)
         try:
             measured = {
-                name: self._measure(subject, split, n, attack, gen)
-                for name, split in (("train", train), ("test", test))
+                name: self._measure(subject, split, attack, gen) for name, split in (("train", train), ("test", test))
             }
         except AttackBroken as error:
             return Reading(self.name, "No gap was measured.", Outcome.failed(str(error)), settings=settings)
@@ -122,24 +120,23 @@ class GeneralisationGap:
             gap = float(b.mean() - a.mean())
             low, high = bootstrap_difference(a, b, seed=seed)
             unit = "nats" if measure.endswith("loss") else "fraction"
-            gaps.append(Quantity(f"{measure} gap", gap, unit, low, high, n))
+            gaps.append(Quantity(f"{measure} gap", gap, unit, low, high, min(len(a), len(b))))
             rows.append((measure, float(a.mean()), float(b.mean()), gap, low, high))
             for split, values in (("train", a), ("test", b)):
-                levels.append(
-                    Quantity(f"{measure}, {split}", float(values.mean()), unit, *bootstrap_mean(values, seed=seed), n)
-                )
+                low, high = bootstrap_mean(values, seed=seed)
+                levels.append(Quantity(f"{measure}, {split}", float(values.mean()), unit, low, high, len(values)))
         return Reading(
             lens=self.name,
-            says=self._sentence(gaps, n),
+            says=self._sentence(gaps, count(train, self.n_examples)),
             quantities=(*gaps, *levels),
             headline=tuple(q.name for q in gaps if q.name != "robust error gap"),
             panels=(Table("Generalisation gaps", HEADER, tuple(rows)),),
             settings=settings,
         )
 
-    def _measure(self, subject: Subject, split: Split, n: int, attack: Attack, gen: Generator) -> dict[str, Floats]:
+    def _measure(self, subject: Subject, split: Split, attack: Attack, gen: Generator) -> dict[str, Floats]:
         """Per-example values (n,) of every measure on a sample of ``split``."""
-        order = sample(split, n)
+        order = sample(split, self.n_examples)
         z, y = logits(subject, split, order, self.batch_size)
         loss, wrong = F.cross_entropy(z, y, reduction="none"), logit_margin(z, y) <= 0
         found = {"loss": loss.numpy(), "error": wrong.double().numpy()}
