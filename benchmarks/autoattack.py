@@ -69,6 +69,9 @@ NETWORKS = {
     "LeNet, standard, ℓ∞": Network("linf:0.1", model="lenet"),
     "LeNet, PGD ℓ∞": Network("linf:0.1", model="lenet", objective=pgd("linf:0.1")),
     "LeNet, PGD ℓ2": Network("l2:1.5", model="lenet", objective=pgd("l2:1.5")),
+    "MNIST-CNN, standard, ℓ∞": Network("linf:0.1", model="mnist-cnn"),
+    "MNIST-CNN, PGD ℓ∞": Network("linf:0.1", model="mnist-cnn", objective=pgd("linf:0.1")),
+    "MNIST-CNN, PGD ℓ2": Network("l2:1.5", model="mnist-cnn", objective=pgd("l2:1.5")),
 }
 
 

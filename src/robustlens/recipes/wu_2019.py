@@ -263,7 +263,7 @@ RECIPES: tuple[Recipe, ...] = (
         "CNN over the epochs, with standard training and AMR",
         studies=figures,
         expects={
-            "laptop": "an hour after 003-table1-mnist-mlp, of one core that had other work (measured)",
+            "laptop": "an hour and a half after 003-table1-mnist-mlp, of one core that has other work (estimated)",
             "paper": "as 003-table1-mnist-cnn (estimated)",
         },
         differs=f"{KEPT} laptop: 20 epochs of the networks instead of 200; the regression has its 1,000.",
