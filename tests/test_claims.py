@@ -70,6 +70,13 @@ def test_a_trend_can_leave_out_weak_training_and_needs_two_radii() -> None:
     assert trend(LOSS, RISES, member=PGD, least=0.9)(runs) == []
 
 
+def test_a_change_that_cancels_is_written_as_none() -> None:
+    runs = [trained(eps / 255, (loss, 0.01)) for eps, loss in ((1, 0.0005), (2, -0.0095), (4, -0.0015))]
+    (verdict,) = trend(LOSS, RISES, member=PGD)(runs)
+    assert verdict.statistic is not None and 0 < abs(verdict.statistic.value) < 1e-12
+    assert "change over that range 0 [" in verdict.says
+
+
 def test_families_differ_in_radius_and_seed_alone() -> None:
     runs = [trained(eps, 1.0, seed) for eps in (0, 1.0, 0.5) for seed in (0, 1)]
     other = {"data": {"source": "other", "classes": [0, 1], "train": 50}}

@@ -286,8 +286,12 @@ def verdict_of(
 
 
 def _shown(statistic: Statistic) -> str:
-    interval = "" if statistic.low is None else f" [{statistic.low:.4g}, {statistic.high:.4g}]"
-    return f"{statistic.value:.4g}{interval}{statistic.unit and ' '}{statistic.unit}"
+    value, interval = statistic.value, ""
+    if statistic.low is not None and statistic.high is not None:
+        interval = f" [{statistic.low:.4g}, {statistic.high:.4g}]"
+        if abs(value) < 1e-9 * (statistic.high - statistic.low):
+            value = 0.0  # what cancels leaves the rounding
+    return f"{value:.4g}{interval}{statistic.unit and ' '}{statistic.unit}"
 
 
 def error_of(quantity: Quantity) -> float | None:
