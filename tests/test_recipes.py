@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,13 @@ def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
         assert ours == theirs and max(len(bits) for *_, bits in ours) == 20
     text = (tmp_path / "docs" / "reproduction.md").read_text()
     assert "| ε = 0.4 | test | 99.86 % |" in text and "`004-gap-grows`" in text and record["command"] in text
+    verdicts = [row["verdict"] for row in record["rows"]]
+    assert "| [004-table1](#004-table1-smoke-scale) | smoke | 6 |" in text and "## 004-table1 (smoke scale)" in text
+    heads, row = (
+        next(line for line in text.splitlines() if at in line).split(" | ") for at in ("| networks", "[004-t")
+    )
+    counts = dict(zip(heads[4:], (cell.strip(" |") for cell in row[4:]), strict=True))
+    assert {head.strip(" |"): int(count) for head, count in counts.items()} == Counter(verdicts)
     figures = list((kept / "figures" / "004-table1-smoke").glob("*.svg"))
     assert figures and all(f"(reproduction/figures/004-table1-smoke/{figure.name})" in text for figure in figures)
     assert not stale.exists()

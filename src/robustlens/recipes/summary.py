@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from robustlens.claims.ledger import ledger
 from robustlens.report import front
 from robustlens.report.numbers import seconds
 from robustlens.results.runs import read_runs
 from robustlens.results.store import find_runs, write_atomically
-from robustlens.results.verdict import Beside, Entry, Statistic
+from robustlens.results.verdict import Beside, Entry, Judgement, Statistic
 
 HEAD = """# The papers, reproduced
 
@@ -28,11 +28,37 @@ each section says.
 def write_summary(place: Path) -> Path:
     """Write ``place``.md from the records and the runs below ``place``."""
     records = [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
-    parts = [HEAD.format(place=place), *(_section(record, place) for record in records)]
     entries = ledger(read_runs(find_runs([place])))
+    parts = [HEAD.format(place=place), _contents(records), _papers(entries)]
+    parts += [*(_section(record, place) for record in records), _ledger(entries)]
     page = place.parent / f"{place.name}.md"
-    write_atomically(page, "\n".join([*parts, _ledger(entries)]).encode())
+    write_atomically(page, "\n".join(parts).encode())
     return page
+
+
+def _contents(records: Sequence[dict[str, Any]]) -> str:
+    """One row a section: what was trained, and with how many of the paper's numbers ours agree."""
+    found = [[row["verdict"] for row in record["rows"]] for record in records]
+    heads = [
+        verdict for verdict in ("agrees", "differs", "undecided", "not run") if any(verdict in one for one in found)
+    ]
+    lines = [_row(("reproduced", "scale", "networks", "training", *heads)), "|" + " --- |" * (4 + len(heads))]
+    for record, verdicts in zip(records, found, strict=True):
+        link = f"[{record['recipe']}](#{record['recipe']}-{record['scale']}-scale)"
+        counts = (str(verdicts.count(head)) if verdicts else "" for head in heads)
+        training = seconds(record["training_seconds"])
+        lines.append(_row((link, record["scale"], str(record["networks"]), training, *counts)))
+    return "\n".join([*lines, ""])
+
+
+def _papers(entries: Sequence[Entry]) -> str:
+    """One row a paper: what became of its claims."""
+    heads = get_args(Judgement)
+    lines = [_row(("[claims](#the-ledger-of-claims) of", *heads)), "|" + " --- |" * (1 + len(heads))]
+    for paper in dict.fromkeys(entry.paper for entry in entries):
+        judged = [entry.judgement for entry in entries if entry.paper == paper]
+        lines.append(_row((paper, *(str(judged.count(head)) for head in heads))))
+    return "\n".join([*lines, ""])
 
 
 def _section(record: dict[str, Any], place: Path) -> str:
