@@ -211,11 +211,9 @@ def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
     assert "| ε = 0.4 | test | 99.86 % |" in text and "`004-gap-grows`" in text and record["command"] in text
     verdicts = [row["verdict"] for row in record["rows"]]
     assert "| [004-table1](#004-table1-smoke-scale) | smoke | 6 |" in text and "## 004-table1 (smoke scale)" in text
-    heads, row = (
-        next(line for line in text.splitlines() if at in line).split(" | ") for at in ("| networks", "[004-t")
-    )
-    counts = dict(zip(heads[4:], (cell.strip(" |") for cell in row[4:]), strict=True))
-    assert {head.strip(" |"): int(count) for head, count in counts.items()} == Counter(verdicts)
+    lines = [next(line for line in text.splitlines() if at in line) for at in ("| networks |", "| [004-table1]")]
+    heads, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert {head: int(count) for head, count in zip(heads[4:], row[4:], strict=True)} == Counter(verdicts)
     figures = list((kept / "figures" / "004-table1-smoke").glob("*.svg"))
     assert figures and all(f"(reproduction/figures/004-table1-smoke/{figure.name})" in text for figure in figures)
     assert not stale.exists()

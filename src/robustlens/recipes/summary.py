@@ -39,9 +39,8 @@ def write_summary(place: Path) -> Path:
 def _contents(records: Sequence[dict[str, Any]]) -> str:
     """One row a section: what was trained, and with how many of the paper's numbers ours agree."""
     found = [[row["verdict"] for row in record["rows"]] for record in records]
-    heads = [
-        verdict for verdict in ("agrees", "differs", "undecided", "not run") if any(verdict in one for one in found)
-    ]
+    words = ("agrees", "differs", "undecided", "not run")
+    heads = [word for word in words if any(word in verdicts for verdicts in found)]
     lines = [_row(("reproduced", "scale", "networks", "training", *heads)), "|" + " --- |" * (4 + len(heads))]
     for record, verdicts in zip(records, found, strict=True):
         link = f"[{record['recipe']}](#{record['recipe']}-{record['scale']}-scale)"
