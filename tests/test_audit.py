@@ -236,24 +236,62 @@ def test_autoattack_standard_on_request_goes_on_where_it_was_stopped(data: Any, 
     assert list((again.path / "state").glob("standard-accuracy-*/chunk-000000.safetensors"))
 
 
-def test_a_lens_that_breaks_leaves_the_others_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Dropout that is always on: the segment to the boundary has no length, and whatever else may come of it."""
+class Drops(nn.Module):
+    """Dropout that is always on."""
 
-    class Drops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(nn.functional.dropout(x.flatten(1), 0.5, training=True))
+
+
+def coupled() -> nn.Module:
+    """BatchNorm by the batch, also in eval mode."""
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(64, 4))
+
+
+@pytest.mark.parametrize("made", [Drops, coupled])
+def test_answers_that_depend_on_chance_or_company_are_for_lenses_that_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], made: type[nn.Module]
+) -> None:
+    x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
+    splits = from_arrays(train=(x, y), test=(x, y))
+    lenses = [{"name": name} for name in discover("lens") if name != "standard-accuracy"]
+    lenses.append({"name": "standard-accuracy", "effort": 0.02})
+    run = audit(made(), splits, lenses=lenses, threat="linf:0.1", out=tmp_path, device="cpu")
+    states = {reading.lens: reading.outcome for reading in run.readings()}
+    spoken = {"accuracy", "standard-accuracy", "health", "preprocessing"}
+    assert states.keys() == discover("lens").keys()
+    assert {name for name, outcome in states.items() if outcome.status == "unreliable"} == spoken
+    refused = {name: outcome.why for name, outcome in states.items() if name not in spoken | {"layer-spectra"}}
+    assert all("the same answer to an image every time" in why for why in refused.values())
+    table(Console(width=100), [run])
+    said = capsys.readouterr().out
+    assert all(f"{name} was not measured: {why}"[:60] in said for name, why in refused.items())
+
+
+def test_a_lens_that_breaks_leaves_the_others_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network that will not run in double precision once gradients are asked for."""
+
+    class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(64, 4)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(nn.functional.dropout(x.flatten(1), 0.5, training=True))
+        def forward(self, x: Tensor) -> Tensor:
+            if x.requires_grad and x.dtype == torch.float64:
+                raise RuntimeError("not today")
+            return self.fc(x.flatten(1).to(self.fc.weight.dtype))
 
     x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 4
     splits = from_arrays(train=(x, y), test=(x, y))
-    run = audit(Drops(), splits, threat="linf:0.1", out=tmp_path, device="cpu")
+    run = audit(Odd(), splits, threat="linf:0.1", out=tmp_path, device="cpu")
     states = {reading.lens: reading.outcome for reading in run.readings()}
-    assert len(states) >= 15 and states["health"].status == "unreliable"
+    failed = {name: outcome.why for name, outcome in states.items() if outcome.status == "failed"}
+    assert len(states) >= 15 and failed and states["accuracy"].status == "ok"
+    assert any("not today" in why for why in failed.values())
     table(Console(width=100), [run])
     said = capsys.readouterr().out
-    for lens, outcome in states.items():
-        if outcome.status == "failed":
-            assert f"{lens} was not measured: {outcome.why}"[:60] in said
+    assert all(f"{name} was not measured: {why}"[:60] in said for name, why in failed.items())

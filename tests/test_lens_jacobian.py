@@ -181,11 +181,6 @@ def test_untrained_copy_is_drawn_from_gen_and_leaves_everything_alone() -> None:
     assert [s.name for s in reading.panels[0].series] == ["adversarial", "random", "any direction, expected"]
 
 
-def coupled() -> nn.Module:
-    norm = nn.BatchNorm2d(1, track_running_stats=False)
-    return nn.Sequential(norm, nn.Flatten(), nn.Linear(64, 3)).double()
-
-
 def constant() -> nn.Module:
     class Sign(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -195,10 +190,9 @@ def constant() -> nn.Module:
 
 
 @pytest.mark.parametrize("lens", [JacobianSpectrum(attack=QUICK), Alignment(attack=QUICK)], ids=lambda v: v.name)
-@pytest.mark.parametrize(("made", "says"), [(coupled, "in its batch"), (constant, "can be differentiated")])
-def test_networks_that_cannot_be_measured_are_refused(lens: Alignment, made: object, says: str) -> None:
-    with pytest.raises(InputError, match=says):
-        lens.look(subject_of(made()), gen=gen())
+def test_networks_without_a_derivative_are_refused(lens: Alignment) -> None:
+    with pytest.raises(InputError, match="can be differentiated"):
+        lens.look(subject_of(constant()), gen=gen())
 
 
 class Once(torch.autograd.Function):

@@ -15,8 +15,8 @@ from torch import Generator, Tensor, nn
 from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.discovery import describe
-from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
+from robustlens.core.steady import COMPANY, unsteadiness
 from robustlens.core.types import Attack, Batch, Split, Subject, Threat
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, require_split, sample, useless_gradients
@@ -59,7 +59,7 @@ class Accuracy:
     curve can therefore not rise, and costs little more than its survivors. As any attack can
     miss, these accuracies are upper bounds of the truth.
 
-    The reading is unreliable when the model answers the same image differently twice, when the input gradient of the
+    The reading is unreliable when the model answers the same image differently, when the input gradient of the
     cross-entropy is exactly zero or not finite for more than 5 % of the examples, or when more than 5 % of
     all examples resist even an attack that may change the image without limit (estimated on up to 100 survivors).
 
@@ -79,6 +79,7 @@ class Accuracy:
 
     name: ClassVar[str] = "accuracy"
     reference: ClassVar[str] = "Madry et al. 2018, arXiv 1706.06083, §5; Carlini et al. 2019, arXiv 1902.06705"
+    unsteady: ClassVar[bool] = True
 
     radii: tuple[float, ...] | None = None
     attack: Attack | None = None
@@ -165,7 +166,8 @@ class _Record:
 
     ``fell`` (N,) is the position in ``radii`` at which an example was first wrong, len(radii) if it never was, and
     ``index`` (N,) its position in the split.
-    ``useless`` counts zero or non-finite gradients; ``stable`` says whether two forward passes agreed.
+    ``useless`` counts zero or non-finite gradients; ``stable`` says whether an image got one
+    answer, among others and among copies.
     ``shown`` holds (clean, adversarial, label, prediction after, distance, whether it held) of the pictures.
     """
 
@@ -177,7 +179,7 @@ class _Record:
         self.shown: list[tuple[Tensor, Tensor, int, int, float, bool]] = []
 
     def add(self, model: nn.Module, attack: Attack, batch: Batch, gen: Generator) -> None:
-        self.stable = self.stable and _is_stable(model, batch.x)
+        self.stable = self.stable and unsteadiness(model, batch.x) <= COMPANY
         self.useless += useless_gradients(model, batch)
         fell = torch.full((len(batch),), len(self.radii), device=batch.y.device)
         last, distance = batch.x.clone(), torch.zeros(len(batch), device=batch.y.device)
@@ -224,13 +226,6 @@ def at_radius(attack: Attack, eps: float) -> Attack:
     return cast(Attack, dataclasses.replace(cast(Any, attack), **changes))
 
 
-def _is_stable(model: nn.Module, x: Tensor) -> bool:
-    with untouched(model), torch.no_grad():
-        first, second = model(x), model(x)
-    scale = float(torch.nan_to_num(first, posinf=0.0, neginf=0.0).abs().max())
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
-
-
 def _without_limit(subject: Subject, attack: Attack, split: Split, order: Tensor, gen: Generator) -> float | None:
     """Share of the survivors at ``order`` that resist the attack with the whole box; None without survivors."""
     if len(order) == 0:
@@ -271,7 +266,8 @@ def _outcome(record: _Record, unlimited: float) -> Outcome:
     problems = []
     if not record.stable:
         problems.append(
-            "The model gives different answers to the same image, so an attack that failed once may succeed next time."
+            "The model gives different answers to the same image, by chance or by what else is in its batch, so an "
+            "attack that failed once may succeed next time."
         )
     share = record.useless / len(record)
     if share > TOLERATED:

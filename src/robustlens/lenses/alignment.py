@@ -23,7 +23,7 @@ from robustlens.lenses.accuracy import at_radius
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
-from robustlens.linalg.jacobian import Decomposition, at_once, decompose, jacobian_rows, require_separate
+from robustlens.linalg.jacobian import Decomposition, at_once, decompose, jacobian_rows, require_derivative
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.results.intervals import wilson
 from robustlens.results.panels import Curve, Floats, Series, Table
@@ -127,7 +127,7 @@ class Alignment:
         order = sample(split, self.n_examples)
         pixels = math.prod(subject.splits.shape)
         size = min(self.batch_size, at_once(len(subject.splits.classes), pixels))
-        require_separate(model, split.batch(order[:8]).x.to(subject.device), self.name)
+        require_derivative(model, split.batch(order[:8]).x.to(subject.device), self.name)
         fresh, why_not = untrained_copy(model, gen) if self.untrained else (None, "not asked for")
         seen: dict[str, list[_Seen]] = {ADVERSARIAL: [], RANDOM: [], UNTRAINED: []}
         leading: dict[str, list[Tensor]] = {ADVERSARIAL: [], RANDOM: []}

@@ -85,6 +85,7 @@ class Health:
         "Carlini et al. 2019, arXiv 1902.06705, §4–5; Athalye et al. 2018, arXiv 1802.00420, §3.1; Croce et al. 2022, "
         "arXiv 2202.13711"
     )
+    unsteady: ClassVar[bool] = True
 
     attack: Attack | None = None
     split: Literal["train", "valid", "test"] = "test"

@@ -21,7 +21,7 @@ from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.lenses.shared_bins import histogram
-from robustlens.linalg.jacobian import at_once, decompose, jacobian_rows, power_method, require_separate, residual
+from robustlens.linalg.jacobian import at_once, decompose, jacobian_rows, power_method, require_derivative, residual
 from robustlens.linalg.regression import MOST, regressed_jacobian
 from robustlens.results.errors import require_at_least
 from robustlens.results.panels import Curve, Floats, Table
@@ -128,7 +128,7 @@ class JacobianSpectrum:
         split = subject.splits.test
         order = sample(split, self.n_examples)
         size = min(self.batch_size, at_once(len(subject.splits.classes), math.prod(subject.splits.shape)))
-        require_separate(subject.model, split.batch(order[:8]).x.to(subject.device), self.name)
+        require_derivative(subject.model, split.batch(order[:8]).x.to(subject.device), self.name)
         parts: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
         try:
             for batch in batches(subject, split, order, size):

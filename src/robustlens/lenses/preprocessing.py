@@ -137,6 +137,7 @@ class Preprocessing:
 
     name: ClassVar[str] = "preprocessing"
     reference: ClassVar[str] = "McNemar 1947, Psychometrika 12, 153–157; Carlini et al. 2019, arXiv 1902.06705, §4"
+    unsteady: ClassVar[bool] = True
 
     n_examples: int = 256
     alpha: float = 1e-3

@@ -77,6 +77,7 @@ class LayerSpectra:
 
     name: ClassVar[str] = "layer-spectra"
     reference: ClassVar[str] = "Sedghi, Gupta and Long 2019, arXiv 1805.10408, Theorem 6; Golub and Kahan 1965"
+    unsteady: ClassVar[bool] = True
 
     bound: bool = True
     points: int = 200

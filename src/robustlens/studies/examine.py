@@ -11,8 +11,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robustlens.core.discovery import describe
 from robustlens.core.rng import generator
+from robustlens.core.steady import require_steady
 from robustlens.core.types import Lens, Resumable, Subject, Threat
 from robustlens.core.world import joined
 from robustlens.models.adapter import load_weights
@@ -44,7 +47,9 @@ def examine(
 
     A lens that cannot do its work gives a ``failed`` reading that says why, and is tried again the next time; the
     others go on. So it does where a lens or somebody's network ends in an error of another kind, which is kept with
-    its traceback in the run directory; but processes that share the work of a lens end with it.
+    its traceback in the run directory; but processes that share the work of a lens end with it. Networks that answer
+    the same image differently, by chance or by what else is in the batch, are for ``unsteady`` lenses alone, which say
+    so.
     """
     path = _reading_path(lens, subject, directory, seed, facts)
     there = _finished(path)
@@ -64,6 +69,7 @@ def examine(
         with warnings.catch_warnings():
             if script:
                 warnings.simplefilter("ignore")  # PyTorch warns of copies of its scripts
+            _require_steady(lens, subject)
             reading = within_memory(lens, look)
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
@@ -79,6 +85,14 @@ def examine(
     if joined().leads or not isinstance(lens, Resumable):
         directory.write_reading(path, reading)
     return reading, False
+
+
+def _require_steady(lens: Lens, subject: Subject) -> None:
+    """Refuse a network whose answers to an image differ, unless the lens says so itself (``unsteady``)."""
+    split = subject.splits.test if len(subject.splits.test) else subject.splits.train
+    if not getattr(lens, "unsteady", False):
+        few = split.batch(torch.arange(min(8, len(split))))
+        require_steady(subject.model, few.x.to(subject.device), lens.name)
 
 
 def require_radii(lens: Lens, threat: Threat, shape: tuple[int, int, int]) -> None:
