@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import subprocess
 from collections.abc import ItemsView, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import robustlens
+from robustlens.claims.evidence import describe as describe_run
 from robustlens.claims.ledger import ledger
 from robustlens.claims.statistics import linear, over_seeds
 from robustlens.core.discovery import describe
@@ -30,7 +30,7 @@ from robustlens.results.store import EXAMPLES, RunDirectory, write_atomically
 from robustlens.results.verdict import Beside, Entry, decide
 from robustlens.studies.config import make_study, write_study
 from robustlens.studies.epochs import Scheduled, schedule
-from robustlens.studies.run import run_study
+from robustlens.studies.run import commit, run_study
 from robustlens.studies.watch import StudyWatch
 
 #: What a judgement is called where a number stands beside a paper's.
@@ -126,6 +126,7 @@ def reproduce(
         "command": f"robustlens reproduce {recipe.name} --scale {scale}{flags}",
         "version": robustlens.__version__,
         "commit": commit(),
+        "trained at": sorted({run.provenance.get("commit") or "" for group in runs for run in group} - {""}),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {key: first.get(key) for key in ("device", "cores", "threads", "platform", "torch", "python")},
         "data": [group[0].provenance.get("data", {}) for group in runs],
@@ -160,7 +161,8 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
     trouble = next((sample.trouble for sample in samples if sample.trouble), "")
     region = (printed.value - printed.tolerance, printed.value + printed.tolerance)
     verdict = AGREEMENT[decide(ours, region)]
-    return Beside(printed.row, printed.column, printed.value, printed.tolerance, ours, verdict, trouble)
+    where = describe_run(next(run for run in runs if run.method == printed.method))
+    return Beside(printed.row, printed.column, printed.value, printed.tolerance, ours, verdict, trouble, where)
 
 
 def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
@@ -213,17 +215,3 @@ def copy_slim(run: RunDirectory, to: Path) -> None:
             write_atomically(to / "readings" / file.parent.name / EXAMPLES, bits.read_bytes())
         text = json.dumps(reading, indent=1, ensure_ascii=False) + "\n"
         write_atomically(to / "readings" / file.parent.name / "reading.json", text.encode())
-
-
-def commit() -> str:
-    """The commit of the checkout that this code runs from, ending in "+" where the code differs; "" outside one."""
-    place = Path(robustlens.__file__).parent
-
-    def git(*arguments: str) -> str:
-        asked = ["git", "-C", str(place), *arguments]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -302,5 +302,5 @@ RECIPES: tuple[Recipe, ...] = (
         f"{LAST} All training images; the exact adversary, frozen (the closed form follows the weights). {SMALLER}",
     ),
     deep_table(5, "cifar10", "cifar10", "resnet18", 2, TABLE5),
-    deep_table(6, "svhn", "ufldl-stanford/svhn", "preact-resnet18", 1, TABLE6),
+    deep_table(6, "svhn", "svhn", "preact-resnet18", 1, TABLE6),
 )

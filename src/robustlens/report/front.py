@@ -54,9 +54,10 @@ def beside(rows: Sequence[Beside], what: str) -> Front:
         else:
             ends = "" if ours.low is None else f" [{_exact(ours.low, percent)}, {_exact(ours.high or 0.0, percent)}]"
             mine, difference = f"{_exact(ours.value, percent)}{ends}", _exact(ours.value - row.paper, percent)
-        cells.append((row.row, row.column, paper, mine, difference, evidence(ours), row.verdict))
+        on = "; ".join(filter(None, (evidence(ours), row.where)))
+        cells.append((row.row, row.column, paper, mine, difference, on, row.verdict))
         details.append(f"Within {allowed} of the paper's number it agrees. {row.trouble}".strip())
-    header = ("row", "column", "paper", "ours", "difference", "seeds, examples", "verdict")
+    header = ("row", "column", "paper", "ours", "difference", "seeds, examples; on", "verdict")
     return Front("The paper beside ours", f"{what}. Brackets: 95 % intervals.", header, tuple(cells), tuple(details))
 
 

@@ -79,6 +79,7 @@ class Beside:
         verdict: "agrees" where our whole interval lies within the tolerance, "differs" where none of it does,
             "undecided" or "not run".
         trouble: why the reading behind ours is unreliable.
+        where: data, network and epochs of ours.
     """
 
     row: str
@@ -88,6 +89,7 @@ class Beside:
     ours: Statistic | None
     verdict: str
     trouble: str = ""
+    where: str = ""
 
 
 def decide(statistic: Statistic, region: Region) -> Judgement:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +292,27 @@ def _data_of(record: Any, directory: RunDirectory) -> Any:
         ) from error
 
 
+@cache
+def commit() -> str:
+    """The commit of the checkout that this code runs from, ending in "+" where the code differs; "" outside one."""
+    place = Path(robustlens.__file__).parent
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(place), *arguments]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a user's repository may hold an installed library
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def provenance(splits: Splits, device: torch.device) -> dict[str, Any]:
     """Where and from what a run was made."""
     return {
         "version": robustlens.__version__,
+        **({"commit": commit()} if commit() else {}),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
