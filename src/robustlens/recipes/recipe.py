@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from robustlens.claims.evidence import Ask
 from robustlens.core.discovery import discover, modules
+from robustlens.recipes.charts import Chart
 from robustlens.results.errors import InputError, unknown_name
 from robustlens.results.store import RunDirectory
 
@@ -68,6 +69,7 @@ class Recipe:
         printed: the paper's numbers; none for a figure without numbers.
         expects: time and machine at laptop and paper scale, measured or (said so) estimated; smoke takes minutes.
         differs: what is not as in the paper at ``paper`` scale, and what the other scales change; sentences.
+        charts: figures over all its networks, drawn at the head of the page.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Recipe:
     printed: tuple[Printed, ...] = ()
     expects: Mapping[Scale, str]
     differs: str = ""
+    charts: tuple[Chart, ...] = ()
 
     def at(self, scale: Scale) -> list[dict[str, Any]]:
         """The studies' settings, named, with the scale in the name."""

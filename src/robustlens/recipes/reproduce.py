@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-from collections.abc import ItemsView, Iterable, Sequence
+from collections.abc import ItemsView, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from robustlens.report.front import Front, attacked, beside
 from robustlens.report.front import ledger as claims_table
 from robustlens.report.page import write_page
 from robustlens.results.errors import InputError
+from robustlens.results.panels import Curve
 from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, read_runs
 from robustlens.results.seal import SEAL
@@ -49,6 +50,7 @@ class Reproduction:
     record: dict[str, Any]
     lenses: tuple[Scheduled, ...] = ()
     attacks: Front | None = None
+    charts: tuple[Mapping[str, Curve], ...] = ()
 
     @property
     def front(self) -> list[Front]:
@@ -142,7 +144,9 @@ def reproduce(
         if recipe.paper.startswith(entry.paper.removeprefix("ours, after ")) and entry.judgement != "not run"
     )
     directories = tuple(run for group in groups for run in group)
-    return Reproduction(recipe, scale, rows, entries, directories, record, tuple(lenses), attacks)
+    drawn = (chart.draw([run for group in runs for run in group]) for chart in recipe.charts)
+    charts = tuple(panels for panels in drawn if panels)
+    return Reproduction(recipe, scale, rows, entries, directories, record, tuple(lenses), attacks, charts)
 
 
 def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
@@ -173,7 +177,9 @@ def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     is written anew beside it.
     """
     name = f"{found.recipe.name}-{found.scale}"
-    page = write_page(found.runs, out / f"{name}.html", title=name, front=found.front, only=found.asked)
+    page = write_page(
+        found.runs, out / f"{name}.html", title=name, front=found.front, charts=found.charts, only=found.asked
+    )
     for place in (out, keep):
         if place is not None:
             text = json.dumps(found.record, indent=1, ensure_ascii=False) + "\n"
@@ -181,9 +187,10 @@ def write(found: Reproduction, out: Path, keep: Path | None = None) -> Path:
     if keep is not None:
         for run in found.runs:
             copy_slim(run, keep / "runs" / run.path.parent.name / run.path.name)
-        figures = write_figures(found.runs, keep / "figures" / name, format="svg", only=found.asked)
+        place = keep / "figures" / name
+        figures = write_figures(found.runs, place, format="svg", only=found.asked)
         kept = [path for path in figures if not path.name.startswith("training")]
-        for path in (keep / "figures" / name).glob("*"):  # older ones, of other names, too
+        for path in place.glob("*"):  # older ones, of other names, too
             if path not in kept:
                 path.unlink()
         write_summary(keep)

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robustlens.claims.evidence import Ask
+from robustlens.claims.evidence import Ask, adversary, strength
 from robustlens.methods.roth_2020 import DATA_SPECTRAL, EPS, GLOBAL_SPECTRAL, ITERS, PAPER
+from robustlens.recipes.charts import Chart, over, over_attack
 from robustlens.recipes.recipe import Printed, Recipe, Scale
+from robustlens.results.runs import Run
 
 Part = dict[str, Any]
 
@@ -171,6 +173,36 @@ DIFFERS = (
 )
 
 
+def alignment_over(norm: str) -> Chart:
+    """The right part of figures 3 and 5."""
+    lines = over_attack("alignment", "alignment with the leading direction, adversarial", norm)
+    title = "Alignment with the leading singular vector"
+    return Chart(title=title, x_label="ε of the attack", y_label="|cosine|", lines=lines)
+
+
+def step_of_radius(run: Run) -> float | None:
+    """α in units of ε, for adversarial training with a step size of its own."""
+    found, eps = adversary(run), strength(run)
+    return found["step_size"] / eps if found and eps and found.get("step_size") else None
+
+
+#: The settings of ``accuracies``.
+MARGIN = {"threat": f"l2:{EPS}", "attack": None, "radii": None}
+#: Figure 8.
+OVER_STEPS = Chart(
+    title="Accuracy over the step size of training",
+    x_label="α / ε",
+    y_label="share right",
+    lines=over(
+        step_of_radius,
+        {
+            "clean": Ask("accuracy", "clean accuracy", MARGIN),
+            "attacked by 50 steps on the margin": Ask("accuracy", "robust accuracy", MARGIN),
+        },
+    ),
+)
+
+
 def recipe(
     name: str,
     what: str,
@@ -179,6 +211,7 @@ def recipe(
     printed: tuple[Printed, ...] = (),
     expects: Mapping[Scale, str] | None = None,
     differs: str = "",
+    charts: tuple[Chart, ...] = (),
 ) -> Recipe:
     return Recipe(
         name=f"001-{name}",
@@ -188,6 +221,7 @@ def recipe(
         printed=printed,
         expects=expects or TRAINS,
         differs=f"{DIFFERS} {differs}".strip(),
+        charts=charts,
     )
 
 
@@ -268,7 +302,12 @@ RECIPES: tuple[Recipe, ...] = (
         differs="The Jacobian is exact instead of regressed.",
     ),
     recipe("figure2", "Figure 2: deviation from linearity and largest singular value over the distance", FIGURE2),
-    recipe("figure3", "Figure 3: accuracy and alignment with the leading singular vector over ε", FIGURE3),
+    recipe(
+        "figure3",
+        "Figure 3: accuracy and alignment with the leading singular vector over ε",
+        FIGURE3,
+        charts=(alignment_over("l2"),),
+    ),
     recipe(
         "figure4",
         "Figure 4: figure 2 for ℓ∞ perturbations",
@@ -280,6 +319,7 @@ RECIPES: tuple[Recipe, ...] = (
         "Figure 5: figure 3 for ℓ∞ perturbations",
         FIGURE5,
         differs="The attacked networks are those trained in ℓ2.",
+        charts=(alignment_over("linf"),),
     ),
     recipe(
         "figure6-7",
@@ -300,6 +340,7 @@ RECIPES: tuple[Recipe, ...] = (
             "smoke": "two minutes",
         },
         differs="The paper doesn't print its step sizes: five from 0.02 ε to 1000 ε are taken.",
+        charts=(OVER_STEPS,),
     ),
     Recipe(
         name="001-mnist",

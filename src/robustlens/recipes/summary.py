@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from robustlens.claims.ledger import ledger
+from robustlens.recipes.recipe import recipes
 from robustlens.report import front
+from robustlens.report.figures import write_charts
 from robustlens.report.numbers import seconds
-from robustlens.results.runs import read_runs
+from robustlens.results.runs import Run, read_runs
 from robustlens.results.store import find_runs, write_atomically
 from robustlens.results.verdict import Beside, Entry, Judgement, Statistic
 
@@ -28,7 +30,10 @@ each section says.
 def write_summary(place: Path) -> Path:
     """Write ``place``.md from the records and the runs below ``place``."""
     records = [json.loads(file.read_text()) for file in sorted(place.glob("*.json"))]
-    entries = ledger(read_runs(find_runs([place])))
+    runs = read_runs(find_runs([place]))
+    for record in records:
+        _draw(record, runs, place)
+    entries = ledger(runs)
     parts = [HEAD.format(place=place), _contents(records), _papers(entries)]
     parts += [*(_section(record, place) for record in records), _ledger(entries)]
     page = place.parent / f"{place.name}.md"
@@ -58,6 +63,16 @@ def _papers(entries: Sequence[Entry]) -> str:
         judged = [entry.judgement for entry in entries if entry.paper == paper]
         lines.append(_row((paper, *(str(judged.count(head)) for head in heads))))
     return "\n".join([*lines, ""])
+
+
+def _draw(record: dict[str, Any], runs: Sequence[Run], place: Path) -> None:
+    """The recipe's charts over its networks, from all runs of its studies that are kept."""
+    recipe = recipes().get(record["recipe"])
+    if recipe is not None and recipe.charts:
+        studies = {settings["name"] for settings in recipe.at(record["scale"])}
+        drawn = [chart.draw([run for run in runs if run.study in studies]) for chart in recipe.charts]
+        directory = place / "figures" / f"{record['recipe']}-{record['scale']}"
+        write_charts([panels for panels in drawn if panels], directory)
 
 
 def _section(record: dict[str, Any], place: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from robustlens.claims.evidence import Ask
 from robustlens.methods.wen_2020 import PAPER, STRENGTHS
+from robustlens.recipes.charts import RADIUS, Chart, all_named, over_strength
 from robustlens.recipes.recipe import ALL, QUICK, Printed, Recipe, Scale
 from robustlens.recipes.wen_2020_numbers import TABLE1, TABLE2, TABLE3, TABLE4, TABLE5, TABLE6, Numbers
 
@@ -48,6 +49,37 @@ MEASURES: dict[str, Ask] = {
         for kind in ("mean", "spread of")
     },
 }
+
+
+def over_radii(title: str, y_label: str, **asks: Ask) -> Chart:
+    """A figure over the radius of training; the lines of several ``asks`` have their names."""
+    lines = over_strength({name.replace("_", " "): ask for name, ask in asks.items()})
+    return Chart(title=title, x_label=RADIUS, y_label=y_label, lines=lines)
+
+
+GAP = "generalisation-gap"
+#: Figures 1, 3, 5c, 6, 8 and 10, for every network there is.
+CHARTS = (
+    over_radii("Loss gap", "test loss − training loss", gap=Ask(GAP, "loss gap")),
+    over_radii("Losses", "loss", train=Ask(GAP, "loss, train"), test=Ask(GAP, "loss, test")),
+    over_radii("Error gap", "test error − training error", gap=Ask(GAP, "error gap")),
+    over_radii("Errors", "error rate", train=Ask(GAP, "error, train"), test=Ask(GAP, "error, test")),
+    over_radii(
+        "Accuracy under one attack",
+        "share right",
+        of_all=Ask("accuracy", "robust accuracy"),
+        of_those_right_before=Ask("accuracy", "conditional robust accuracy"),
+    ),
+    over_radii(
+        "Spread of the margins of test images", "logits", spread=Ask("logit-margins", "spread of margins, test")
+    ),
+    Chart(
+        title="Spread of each layer's singular values",
+        x_label=RADIUS,
+        y_label="standard deviation",
+        lines=all_named("layer-spectra", "spread of singular values, ", over_strength),
+    ),
+)
 
 
 def lenses(threat: str, eps: float, radii: Sequence[float], n: int) -> list[Settings]:
@@ -204,6 +236,7 @@ def recipe(
             "smoke": "one to three minutes",
         },
         differs=differs,
+        charts=CHARTS,
     )
 
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from robustlens.claims.evidence import Ask
+from robustlens.claims.evidence import Ask, strength
+from robustlens.claims.evidence import norm as norm_of
 from robustlens.methods.yamada_2021 import MNIST2
+from robustlens.recipes.charts import RADIUS, Chart, over_strength
 from robustlens.recipes.recipe import ALL, QUICK, Printed, Recipe, Scale
 from robustlens.results.reading import Quantity, Reading
 from robustlens.results.runs import Run
@@ -187,13 +189,39 @@ def noise_tables(norm: str, radii: Sequence[float]) -> list[dict[str, Any]]:
     return [noisy({**lens, "pictures": 0} if "pictures" in lens else lens, threat) for lens in TABLE_LENSES]
 
 
-def figure(name: str, what: str, studies: Callable[[Scale], list[dict[str, Any]]], differs: str) -> Recipe:
+def spectrum(of: str) -> Chart:
+    """Figure 3 in one norm."""
+    frozen = "adversarial, frozen"
+    names = {
+        "largest": f"leading eigenvalue, {frozen}",
+        "second": f"eigenvalue 2, {frozen}",
+        "third": f"eigenvalue 3, {frozen}",
+        "closed form": "leading eigenvalue, closed form without the box",
+        "ε / (2‖w‖), formula (9)": "ε / (2‖w‖), equation 9",
+    }
+    lines = over_strength(
+        {name: Ask("hessian", quantity) for name, quantity in names.items()},
+        lambda run: bool(strength(run)) and norm_of(run) == of,
+    )
+    title = f"Eigenvalues of the Hessian, ℓ{2 if of == 'l2' else '∞'}"
+    return Chart(title=title, x_label=RADIUS, y_label="eigenvalue", lines=lines)
+
+
+def figure(
+    name: str,
+    what: str,
+    studies: Callable[[Scale], list[dict[str, Any]]],
+    differs: str,
+    charts: tuple[Chart, ...] = (),
+) -> Recipe:
     expects: dict[Scale, str] = {
         "paper": "5 to 30 minutes, two cores",
         "laptop": "5 to 20 minutes",
         "smoke": "a minute",
     }
-    return Recipe(name=f"004-{name}", paper=PAPER, what=what, studies=studies, expects=expects, differs=differs)
+    return Recipe(
+        name=f"004-{name}", paper=PAPER, what=what, studies=studies, expects=expects, differs=differs, charts=charts
+    )
 
 
 def landscapes(norm: str, radii: Sequence[float], noise: Sequence[float]) -> Callable[[Scale], list[dict[str, Any]]]:
@@ -300,6 +328,7 @@ RECIPES: tuple[Recipe, ...] = (
         "Figure 3: the three largest eigenvalues of the Hessian against ε, beside formula (9) and the closed form",
         eigenvalues,
         f"{LAST} All training images; the exact adversary, frozen (the closed form follows the weights). {SMALLER}",
+        (spectrum("l2"), spectrum("linf")),
     ),
     deep_table(5, "cifar10", "cifar10", "resnet18", 2, TABLE5),
     deep_table(6, "svhn", "svhn", "preact-resnet18", 1, TABLE6),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +64,15 @@ def write_figures(
         written.append(directory / f"{name}.{'png' if isinstance(what, Gallery) else format}")
         drawing = grid(what) if isinstance(what, Gallery) else _render(spec(chart(what, colours=colours)), format)
         write_atomically(written[-1], drawing)
+    return written
+
+
+def write_charts(charts: Sequence[Mapping[str, Panel]], directory: Path) -> list[Path]:
+    """Write charts over many networks, a panel for each line, to ``directory`` as ``networks-<title>.svg``."""
+    names = file_names([("networks", next(iter(panels.values())).title) for panels in charts])
+    written = [directory / f"{name}.svg" for name in names]
+    for path, panels in zip(written, charts, strict=True):
+        write_atomically(path, _render(spec(chart(panels)), "svg"))
     return written
 
 

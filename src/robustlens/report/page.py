@@ -54,11 +54,13 @@ def write_page(
     *,
     title: str,
     front: Sequence[Front] = (),
+    charts: Sequence[Mapping[str, Panel]] = (),
     only: Callable[[Reading], bool] | None = None,
 ) -> Path:
     """Write the report on ``runs`` to ``path`` and return it; ``front`` stands before everything else.
 
-    Of the readings it shows those that ``only`` takes.
+    ``charts`` (a panel for each line) are over all networks and stand before the readings' own; of the readings it
+    shows those that ``only`` takes.
 
     The page is self-contained: scripts, styles, data and pictures are inside, and its security policy forbids the
     browser to load anything. Runs of one label and configuration are seeds of one method.
@@ -71,7 +73,8 @@ def write_page(
     specs: list[dict[str, Any]] = []
     grouped = methods(loaded)
     colours = palette(grouped)
-    parts = [_part("Training", "training", training_curves(loaded), colours, specs)]
+    parts = [{"name": "Over the networks", "id": "networks", "blocks": _over(charts, colours, specs), "merging": []}]
+    parts += [_part("Training", "training", training_curves(loaded), colours, specs)]
     parts += [_part(s.name, f"lens-{i}-{slug(s.name)}", s.panels(), colours, specs) for i, s in enumerate(found)]
     outcomes = [_outcomes(section) for section in found]
     environment = jinja2.Environment(
@@ -120,18 +123,43 @@ def _block(part: str, group: PanelGroup, colours: Mapping[str, str], specs: list
     if group.kind == "gallery":
         galleries = [(method, _pictures(panel)) for method, panel in merged.items() if isinstance(panel, Gallery)]
         return Block(group.title, "gallery", merging, by_method=tuple(galleries))
-    notes = []
+    return _drawn(part, merged, colours, specs, merging)
+
+
+def _over(
+    charts: Sequence[Mapping[str, Panel]], colours: Mapping[str, str], specs: list[dict[str, Any]]
+) -> list[Block]:
+    """Charts over all networks; those whose lines are no methods have colours and legends of their own."""
+    blocks = []
+    for panels in charts:
+        known = panels.keys() <= colours.keys()
+        blocks.append(_drawn("networks", panels, colours if known else palette(panels), specs, legend=not known))
+    return blocks
+
+
+def _drawn(
+    part: str,
+    merged: Mapping[str, Panel],
+    colours: Mapping[str, str],
+    specs: list[dict[str, Any]],
+    merging: str = "",
+    *,
+    legend: bool = False,
+) -> Block:
+    first, notes = next(iter(merged.values())), []
     if left_out := undrawn(merged.values()):
         verb = "value is" if left_out == 1 else "values are"
         notes.append(f"{left_out:,} {verb} not drawn (not finite, or not positive on a logarithmic axis).")
-    drawn = spec(chart(merged, colours=colours, legend=False))
+    drawn = spec(chart(merged, colours=colours, legend=legend))
+    drawn.pop("title", None)  # the page has it
     rows = len(drawn["data"]["values"])
     if not rows:
-        return Block(group.title, group.kind, merging, (*notes, "There is nothing to draw."))
-    (file,) = file_names([(part, group.title)])
+        return Block(first.title, first.kind, merging, (*notes, "There is nothing to draw."))
+    (file,) = file_names([(part, first.title)])
     drawn["usermeta"] = {"renderer": "canvas" if rows > MANY_MARKS else "svg", "file": file}
     specs.append(drawn)
-    return Block(group.title, group.kind, merging, tuple(notes), len(specs) - 1, wide="facet" in drawn)
+    wide = legend or "facet" in drawn
+    return Block(first.title, first.kind, merging, tuple(notes), len(specs) - 1, wide=wide)
 
 
 def _part(
