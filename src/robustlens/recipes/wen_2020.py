@@ -222,6 +222,7 @@ def recipe(
     blocks: Sequence[list[Printed]],
     times: tuple[str, str],
     differs: str = f"{PIXELS} {SMALLER}",
+    charts: tuple[Chart, ...] = CHARTS,
 ) -> Recipe:
     laptop, paper = times
     return Recipe(
@@ -236,7 +237,7 @@ def recipe(
             "smoke": "one to three minutes",
         },
         differs=differs,
-        charts=CHARTS,
+        charts=charts,
     )
 
 
@@ -255,6 +256,7 @@ def on_one_set(data: str) -> list[Recipe]:
             one_net(data),
             [],
             ("a quarter of an hour", "4 hours"),
+            charts=CHARTS[-1:],
         ),
         recipe(
             f"table1{suffix}",
@@ -264,6 +266,7 @@ def on_one_set(data: str) -> list[Recipe]:
             ("a quarter of an hour", "4 hours"),
             differs=f"{PIXELS} The printed numbers fit the change of the probability of the right class, which stands "
             f"beside them, found by 20 steps of an eighth of the radius. {SMALLER}",
+            charts=(),
         ),
         recipe(
             f"table2{suffix}",
