@@ -155,12 +155,19 @@ def test_numbers_of_the_same_images_differ_by_training_alone() -> None:
 
 
 def test_a_gap_is_training_minus_test_accuracy() -> None:
+    """Newcombe 1998, Statistics in Medicine 17, table II (a), method 10: 56/70 − 48/80 is within 0.0524 and 0.3339."""
     readings = [
-        reading("accuracy", {"robust accuracy": v}, settings={"split": split}, n=n)
-        for split, v, n in (("train", 0.9, 400), ("test", 0.7, 100))
+        Reading(
+            "accuracy",
+            "",
+            quantities=(Quantity("robust accuracy", k / n, "", *wilson(k, n), n),),
+            settings={"split": s},
+        )
+        for s, k, n in (("train", 56, 70), ("test", 48, 80))
     ]
     found = Gap("accuracy", "robust accuracy").of(run("PGD", readings))
-    assert found is not None and found[0].value == pytest.approx(0.2) and found[0].n == 100
+    assert found is not None and found[0].value == pytest.approx(0.2) and found[0].n == 80
+    assert (found[0].low, found[0].high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert Gap("accuracy", "robust accuracy").of(run("PGD", readings[:1])) is None
 
 
