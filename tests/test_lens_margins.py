@@ -50,6 +50,32 @@ def test_margins_by_hand() -> None:
     assert histogram.counts["test"].sum() == 90 and histogram.counts["train"].sum() == 45
 
 
+def test_margins_in_feature_space_by_hand_whatever_the_rows_measure() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(2, 3)
+            with torch.no_grad():
+                self.head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, scale], [-3.0, 4.0]]))
+
+        def features(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.features(x))
+
+    x = torch.tensor([[0.5, 0.25], [0.0, 1.0]]).view(2, 1, 1, 2)
+    # Rows of norm 1: (1, 0), (0, 1), (−0.6, 0.8). (0.5, 0.25) → 0.5, 0.25, −0.1; (0, 1) → 0, 1, 0.8.
+    split = Split(x, torch.tensor([0, 1]))
+    subject = three_classes()
+    for scale in (2.0, 50.0):
+        asked = Subject(Net(scale), Splits("two", split, split, split, ("a", "b", "c")), subject.threat)
+        reading = LogitMargins().look(asked, gen=gen())
+        assert reading["mean feature margin, test"].value == pytest.approx((0.25 + 0.2) / 2, abs=1e-7)
+        assert "Feature-space margins" in [panel.title for panel in reading.panels]
+    assert all("feature" not in each.name for each in LogitMargins().look(subject, gen=gen()).quantities)
+
+
 @pytest.mark.parametrize("scale", [0.01, 7.0])
 def test_scale_free_measures_do_not_see_the_scale(scale: float) -> None:
     lens = LogitMargins(by_complexity=True)

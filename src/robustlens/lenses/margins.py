@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
@@ -34,6 +35,9 @@ class LogitMargins:
     spectral complexity ∏ᵢ σ_max(W_i), which makes the scale of all the weights drop out for a plain chain of layers
     without biases. The scale-free measure of spread is standard deviation / |mean|.
 
+    Where the network has ``features`` Φ and a linear ``head``, so does the feature-space margin of Wu and Yu (eq. 14),
+    min_{k≠y} (ŵ_y − ŵ_k)ᵀ Φ(x) with rows ŵ of norm 1 and no bias: it is positive where these rows would be right.
+
     Skewness is the third standardised moment m₃ / m₂^{3/2} (0 where all margins are equal).
 
     Attributes:
@@ -45,7 +49,10 @@ class LogitMargins:
     """
 
     name: ClassVar[str] = "logit-margins"
-    reference: ClassVar[str] = "Bartlett, Foster and Telgarsky 2017, arXiv 1706.08498, §1 (margins over complexity)"
+    reference: ClassVar[str] = (
+        "Bartlett, Foster and Telgarsky 2017, arXiv 1706.08498, §1 (margins over complexity); Wu & Yu 2019, "
+        "arXiv 1907.11780, eq. 14 (in feature space)"
+    )
 
     n_examples: int | None = None
     near: float = 1.0
@@ -60,7 +67,8 @@ class LogitMargins:
     def cost(self, subject: Subject) -> Passes:
         """At most, for one example each."""
         splits = subject.splits
-        return Passes(forward=count(splits.train, self.n_examples) + count(splits.test, self.n_examples))
+        passes = 1 if _in_feature_space(subject.model) is None else 2
+        return Passes(forward=passes * (count(splits.train, self.n_examples) + count(splits.test, self.n_examples)))
 
     @classmethod
     def oracles(cls) -> list[Oracle]:
@@ -83,14 +91,20 @@ class LogitMargins:
         settings = describe(self)
         raw: dict[str, Floats] = {}
         free: dict[str, Floats] = {}
+        inside: dict[str, Floats] = {}
+        by_features = _in_feature_space(subject.model)
         for name, split in (("test", subject.splits.test), ("train", subject.splits.train)):
             if len(split) == 0:
                 continue  # a network of somebody else's may come without its training images
-            z, y = logits(subject, split, sample(split, self.n_examples), self.batch_size)
+            order = sample(split, self.n_examples)
+            z, y = logits(subject, split, order, self.batch_size)
             if not bool(torch.isfinite(z).all()):
                 why = f"The model answers some {name} images with logits that are not finite numbers."
                 return Reading(self.name, "No margin was measured.", Outcome.failed(why), settings=settings)
             raw[name], free[name] = logit_margin(z, y).numpy(), normalised_margin(z, y).numpy()
+            if by_features is not None:
+                z, _ = logits(subject, split, order, self.batch_size, by_features)
+                inside[name] = logit_margin(z, y).numpy()
         seed = draw_seed(gen)
         quantities: list[Quantity] = []
         for name in raw:
@@ -99,6 +113,11 @@ class LogitMargins:
             histogram("Logit margins", "logit margin", raw, self.bins),
             histogram("Normalised logit margins", "logit margin / norm of the centred logits", free, self.bins),
         ]
+        for name, values in inside.items():
+            ends = bootstrap_mean(values, seed=seed)
+            quantities.append(Quantity(f"mean feature margin, {name}", float(values.mean()), "", *ends, len(values)))
+        if inside:
+            panels.append(histogram("Feature-space margins", "margin with rows of norm 1", inside, self.bins))
         if self.by_complexity:
             complexity = _log_complexity(subject)
             if math.isfinite(complexity) and abs(complexity) < 300:
@@ -143,6 +162,15 @@ class LogitMargins:
             Quantity(f"smallest margin, {split}", float(raw.min()), "logits", n=n, nature="exact"),
         ]
         return found
+
+
+def _in_feature_space(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """x → the products of Φ(x) with the head's rows of norm 1 (B, K); None where there is no Φ or no linear head."""
+    head, features = getattr(model, "head", None), getattr(model, "features", None)
+    if not isinstance(head, nn.Linear) or features is None:
+        return None
+    rows = F.normalize(head.weight.detach(), dim=1)
+    return lambda x: features(x) @ rows.T
 
 
 def normalised_margin(z: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,12 +49,17 @@ def batches(subject: Subject, split: Split, order: Tensor, size: int) -> Iterato
         yield Batch(batch.x.to(subject.device), batch.y.to(subject.device), batch.index.to(subject.device))
 
 
-def logits(subject: Subject, split: Split, order: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) float64 and labels (N,) of the examples at ``order``, both on the CPU, in eval mode."""
-    outputs, labels = [], []
+def logits(
+    subject: Subject, split: Split, order: Tensor, size: int, of: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) float64 and labels (N,) of the examples at ``order``, both on the CPU, in eval mode.
+
+    ``of`` takes another function of the images (B, C, H, W) than the model.
+    """
+    outputs, labels, of = [], [], of or subject.model
     with untouched(subject.model), torch.no_grad():
         for batch in batches(subject, split, order, size):
-            outputs.append(subject.model(batch.x).cpu().double())
+            outputs.append(of(batch.x).cpu().double())
             labels.append(batch.y.cpu())
     return torch.cat(outputs), torch.cat(labels)
 
