@@ -13,11 +13,16 @@ import torch
 from contracts.attack_strength import CONTRACTS, applies
 from torch import Generator, Tensor, nn
 
+from robustlens.attacks.apgd import APGD
+from robustlens.attacks.apgd_targeted import APGDTargeted
+from robustlens.attacks.carlini_wagner import CarliniWagner
 from robustlens.attacks.ddn import DDN
 from robustlens.attacks.deepfool import DeepFool
+from robustlens.attacks.fab import FAB
 from robustlens.attacks.fmn import FMN
 from robustlens.attacks.losses import attack_loss
 from robustlens.attacks.pgd import PGD
+from robustlens.attacks.square import Square
 from robustlens.attacks.superdeepfool import SuperDeepFool
 from robustlens.core.criterion import logit_margin
 from robustlens.core.types import Attack
@@ -149,15 +154,22 @@ class ForgetsFallen(PGD):
 GENERAL = (QuarterBall, HalfFrozen, LabelsShifted, SignLost, NoStep)
 OF_PGD = (LastRestart, NoRandomStart, WrongTarget, RandomTarget, ForgetsFallen)
 SMALLEST = (SuperDeepFool, FMN, DeepFool, DDN)
+LINE_UP = (APGD, APGDTargeted, FAB, CarliniWagner)
+#: What a search without gradients can have wrong too.
+WITHOUT_GRADIENTS = (QuarterBall, HalfFrozen, LabelsShifted)
+
+
+def mutant(bug: type, cls: type[Attack]) -> type[Attack]:
+    return type(f"{bug.__name__} in {cls.__name__}", (bug, cls), {})
+
 
 MUTANTS = [
-    *((type(bug.__name__, (bug, PGD), {}), norm) for bug in GENERAL for norm in ("linf", "l2")),
+    *((mutant(bug, PGD), norm) for bug in GENERAL for norm in ("linf", "l2")),
     *((bug, norm) for bug in OF_PGD for norm in ("linf", "l2")),
-    *(
-        (type(bug.__name__, (bug, cls), {}), "l2")
-        for bug in (*GENERAL, TooFar, TooShort, WrongOnesMove)
-        for cls in SMALLEST
-    ),
+    *((mutant(bug, cls), "l2") for bug in (*GENERAL, TooFar, TooShort, WrongOnesMove) for cls in SMALLEST),
+    *((mutant(bug, cls), "l2") for bug in GENERAL for cls in LINE_UP),
+    *((mutant(bug, cls), "linf") for bug in GENERAL for cls in LINE_UP[:3]),
+    *((mutant(bug, Square), norm) for bug in WITHOUT_GRADIENTS for norm in ("linf", "l2")),
 ]
 
 
@@ -178,6 +190,6 @@ def test_every_bug_is_caught(mutant: type[Attack], norm: str) -> None:
     assert broken(mutant, norm)
 
 
-@pytest.mark.parametrize("cls", [PGD, *SMALLEST])
+@pytest.mark.parametrize("cls", [PGD, *SMALLEST, *LINE_UP, Square])
 def test_sound_attacks_break_nothing(cls: type[Attack]) -> None:
     assert not broken(cls, "l2")
