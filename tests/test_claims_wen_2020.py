@@ -239,6 +239,9 @@ def test_most_layers(before: str) -> None:
     assert found is not None and found.high is not None
     assert (found.value, found.n, found.seeds) == (pytest.approx(shares.mean()), 4, 3)
     assert found.high - found.value == pytest.approx(T2 * shares.std(ddof=1) / np.sqrt(3), rel=1e-5)
+    trained_at = [eps for eps in STRENGTHS if eps > 0]
+    sums = [n * (max(trained_at) - min(trained_at)) for n in ((4 + 3 + 1) / 3, (0 + 1 + 3) / 3)]
+    assert f"shrink by {sums[0]:.3g} together, the others grow by {sums[1]:.3g} (B.2)" in verdict.says
 
 
 def error_gaps(free: float, held: float, jitter: float = 0.02, norm: float = 1.0) -> list[Run]:

@@ -136,17 +136,19 @@ def _layers(family: Family) -> Verdict | None:
     if len(strengths) < 2:
         return None
     weak, strong = ({seed: _spreads(run) for seed, run in family.by_strength[strengths[k]].items()} for k in (0, -1))
-    samples = []
+    samples, moves = [], []
     for seed in sorted(set(weak) & set(strong)):
         layers = sorted(set(weak[seed]) & set(strong[seed]))
         if layers:
-            falls = [strong[seed][layer] < weak[seed][layer] for layer in layers]
-            samples.append(Sample(float(np.mean(falls)), None, len(layers)))
+            change = np.array([strong[seed][layer] - weak[seed][layer] for layer in layers])
+            samples.append(Sample(float((change < 0).mean()), None, len(layers)))
+            moves.append((-change[change < 0].sum(), change[change > 0].sum()))
     if not samples:
         return None
     found = over_seeds(samples, "of the layers")
     says = f"{found.value:.4g} of {found.n} layers spread less at ε = {strengths[-1]:.4g} than at {strengths[0]:.4g}"
     says += "; one seed: more decide." if found.low is None else f" [{found.low:.4g}, {found.high:.4g}]."
+    says += " Those shrink by {:.3g} together, the others grow by {:.3g} (B.2).".format(*np.mean(moves, axis=0))
     return Verdict(decide(found, MOST), family.where, says, found)
 
 
