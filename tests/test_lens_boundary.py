@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses import boundary
 from robustlens.lenses.boundary import BoundaryDistance, crossed
-from robustlens.lenses.distances import Distances
+from robustlens.lenses.distances import SHARES, Distances, estimate
 from robustlens.lenses.oracle import linear_subject
 from robustlens.results.correlation import bootstrap_spearman, spearman
 from robustlens.results.errors import InputError
@@ -160,6 +160,35 @@ def test_the_scale_of_the_logits_changes_nothing(norm: str) -> None:
     lens = BoundaryDistance(steps=15, samples=8)
     one, other = (lens.look(subject(m, norm), gen=gen(1)) for m in (model, scaled))
     assert one.quantities == other.quantities and len(one.quantities) > 15
+
+
+class Bowl(nn.Module):
+    """Two logits that differ by ½ − bᵀz − s/2 ‖z‖² around grey, z = x − ½: its slope at z is b + s z."""
+
+    def __init__(self, b: Tensor, s: float) -> None:
+        super().__init__()
+        self.b, self.s = nn.Parameter(b), s
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1) - 0.5
+        lead = 0.5 - z @ self.b - self.s / 2 * z.square().sum(1)
+        return torch.stack([lead, torch.zeros_like(lead)], 1)
+
+
+def test_sampled_slopes_of_a_quadratic_fall_short_by_little_and_less_with_more_samples() -> None:
+    """In 20 dimensions the steepest point of a ball is hard to hit: the estimate lies above that of the true slope."""
+    b = torch.randn(20, generator=gen(4), dtype=torch.float64)
+    b /= b.norm()
+    model, x, radius = Bowl(b, 1.0), torch.full((1, 1, 4, 5), 0.5, dtype=torch.float64), 0.5
+    # L(R) = 1 + R: the largest of min(½ / (1 + R), R) over the four balls is where R = ¾ · ½.
+    true = max(min(0.5 / (1 + share * radius), share * radius) for share in SHARES)
+    many = [
+        float(estimate(model, x, torch.zeros(1).long(), Lp("l2", 1.0), torch.tensor([radius]).double(), 1, n, gen()))
+        for n in (64, 16384)
+    ]
+    assert true == pytest.approx(0.5 / 1.375) and true <= many[1] < many[0] < 1.15 * true and many[1] < 1.08 * true
+    lead = Bowl(b, 1.0)(x + (radius * b).view_as(x))[0, 0]
+    assert float(lead.detach()) < 0, "the boundary lies within the radius"
 
 
 def test_what_is_not_certified_is_left_out_and_said() -> None:
