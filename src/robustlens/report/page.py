@@ -158,8 +158,7 @@ def _drawn(
     (file,) = file_names([(part, first.title)])
     drawn["usermeta"] = {"renderer": "canvas" if rows > MANY_MARKS else "svg", "file": file}
     specs.append(drawn)
-    wide = legend or "facet" in drawn
-    return Block(first.title, first.kind, merging, tuple(notes), len(specs) - 1, wide=wide)
+    return Block(first.title, first.kind, merging, tuple(notes), len(specs) - 1, wide="facet" in drawn)
 
 
 def _part(
