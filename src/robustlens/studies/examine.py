@@ -58,6 +58,7 @@ def examine(
     script = is_script(subject.model)
 
     def look(lens: Lens) -> Reading:
+        _require_steady(lens, subject)
         gen = generator(subject.device, seed, "lens", lens.name)
         if not isinstance(lens, Resumable):
             return lens.look(subject, gen=gen)
@@ -69,7 +70,6 @@ def examine(
         with warnings.catch_warnings():
             if script:
                 warnings.simplefilter("ignore")  # PyTorch warns of copies of its scripts
-            _require_steady(lens, subject)
             reading = within_memory(lens, look)
     except RobustlensError as error:
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(str(error)), settings=describe(lens))
@@ -91,7 +91,7 @@ def _require_steady(lens: Lens, subject: Subject) -> None:
     """Refuse a network whose answers to an image differ, unless the lens says so itself (``unsteady``)."""
     split = subject.splits.test if len(subject.splits.test) else subject.splits.train
     if not getattr(lens, "unsteady", False):
-        few = split.batch(torch.arange(min(8, len(split))))
+        few = split.batch(torch.arange(min(8, getattr(lens, "batch_size", 8), len(split))))
         require_steady(subject.model, few.x.to(subject.device), lens.name)
 
 
