@@ -14,6 +14,7 @@ from twins import TWINS, scaled
 
 from robustlens.attacks.pgd import PGD
 from robustlens.core.discovery import build, describe
+from robustlens.core.steady import unsteadiness
 from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses.accuracy import Accuracy, at_radius
 from robustlens.lenses.oracle import linear_subject, two_sided_subject
@@ -154,6 +155,18 @@ def test_masked_and_random_models_are_unreliable() -> None:
     assert masked["share of useless gradients"].value == 1.0
     noisy = Accuracy().look(with_model(subject, Noisy(subject.model)), gen=gen())
     assert noisy.outcome.status == "unreliable" and "different answers" in noisy.outcome.why
+
+
+class NoisyElsewhere(Saturated):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.inner(x)
+        return logits + 0.1 * torch.randn_like(logits) * (x != x[:1]).flatten(1).any(1)[:, None]
+
+
+def test_chance_is_noticed_beside_the_first_image() -> None:
+    subject = two_sided_subject(train_shifts=[0.3] * 8, test_shifts=[0.3] * 8)
+    x = subject.splits.test.batch(torch.arange(8)).x
+    assert unsteadiness(subject.model, x) == 0.0 < 0.01 < unsteadiness(NoisyElsewhere(subject.model), x)
 
 
 def test_a_failing_attack_is_noticed() -> None:

@@ -13,13 +13,16 @@ COMPANY = 1e-3
 
 
 def unsteadiness(model: nn.Module, x: Tensor) -> float:
-    """How far the answer to the first of the images ``x`` (B, C, H, W) moves, relative to the largest logit.
+    """How far answers to the images ``x`` (B, C, H, W) move from one time to the next, relative to the largest logit.
 
-    In eval mode, among the others and in a batch of copies: what chance or the company of an image adds, in 2 passes.
+    In eval mode: all of them twice, and the first in a batch of copies, which shows what company adds. What is not
+    finite counts as 0. Three passes.
     """
     with untouched(model), torch.no_grad():
-        among, alone = model(x), model(x[:1].expand_as(x))
-    return float((alone - among[:1]).abs().max() / among.abs().max().clamp_min(1e-30))
+        passes = (model(each) for each in (x, x, x[:1].expand_as(x)))
+        among, again, alone = (torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0) for z in passes)
+    far = torch.maximum((again - among).abs().max(), (alone - among[:1]).abs().max())
+    return float(far / among.abs().max().clamp_min(1e-30))
 
 
 def require_steady(model: nn.Module, x: Tensor, who: str) -> None:
