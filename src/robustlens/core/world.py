@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -115,6 +116,9 @@ def together(device: str) -> Iterator[str]:
         device = f"{here.type}:{local}"
         torch.get_device_module(here).set_device(local)
         backend = distributed.get_default_backend_for_device(device)
+    # torch.distributed.nn keeps the group that it finds when it is first imported, as its functions' default, and the
+    # group's threads with it: one that frees a tensor while Python shuts down aborts the process.
+    import_module("torch.distributed.nn.functional")
     distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield "cpu" if device == "auto" else device
