@@ -309,6 +309,9 @@ def test_figures_are_real_files(runs: list[RunDirectory], tmp_path: Path) -> Non
         if path.suffix == ".svg":
             assert ET.parse(path).getroot().tag.endswith("svg")
         assert re.fullmatch(r"[a-z0-9-]+\.(svg|png)", path.name)
+    before = {path: path.read_bytes() for path in written}
+    again = write_figures(runs, tmp_path / "svg", format="svg")
+    assert {path: path.read_bytes() for path in again} == before, "a figure does not depend on those drawn before it"
     short = make_run(tmp_path / "short", "ERM", 0)
     shutil.rmtree(short.path / "readings")
     short.write_metrics([{"epoch": 1, "loss": 1.0}])

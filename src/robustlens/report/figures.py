@@ -81,7 +81,10 @@ def _render(drawn: dict[str, object], format: str) -> bytes:
     if format == "svg":
         # Labels for screen readers on every point, and points that only a page's pointer finds, are nine tenths of it.
         drawing = str(vl_convert.vegalite_to_svg(drawn, vl_version=version, config={"aria": False}))
-        return re.sub(r'<path [^>]* opacity="0"/>', "", drawing).encode()
+        shown = re.sub(r'<path [^>]* opacity="0"/>', "", drawing)
+        names = {name: f"part{i}" for i, name in enumerate(dict.fromkeys(re.findall(r'(?<=\bid=")[^"]+', shown)))}
+        # The renderer counts on from chart to chart: by its names, what a file holds depends on what was drawn before.
+        return re.sub(r'(?<=\bid=")[^"]+|(?<=url\(#)[^)]+', lambda found: names[found[0]], shown).encode()
     if format == "pdf":
         return bytes(vl_convert.vegalite_to_pdf(drawn, vl_version=version))
     return bytes(vl_convert.vegalite_to_png(drawn, vl_version=version, scale=2))
