@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import ClassVar, Final, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Generator, Tensor, nn
@@ -319,9 +319,19 @@ class Subject:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+#: What may change without changing a measurement: all logits by a factor, z → c z, or how scale is shared between two
+#: layers, (W₁, b₁, W₂) → (c W₁, c b₁, W₂ / c).
+Invariance = Literal["logit scale", "weight rescaling"]
+WEIGHT_SCALE: Final[frozenset[Invariance]] = frozenset(("weight rescaling",))
+EITHER_SCALE: Final[frozenset[Invariance]] = WEIGHT_SCALE | {"logit scale"}
+
+
 @runtime_checkable
 class Lens(Protocol):
-    """One measurement on a subject."""
+    """One measurement on a subject.
+
+    ``invariances``, where it has them, are what its headline numbers do not depend on.
+    """
 
     name: ClassVar[str]
 

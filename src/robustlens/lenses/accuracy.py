@@ -17,7 +17,7 @@ from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.steady import COMPANY, unsteadiness
-from robustlens.core.types import Attack, Batch, Split, Subject, Threat
+from robustlens.core.types import EITHER_SCALE, Attack, Batch, Invariance, Split, Subject, Threat
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, require_split, sample, useless_gradients
 from robustlens.lenses.pictures import class_name, compared
@@ -78,6 +78,7 @@ class Accuracy:
     """
 
     name: ClassVar[str] = "accuracy"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = "Madry et al. 2018, arXiv 1706.06083, §5; Carlini et al. 2019, arXiv 1902.06705"
     unsteady: ClassVar[bool] = True
 
@@ -140,7 +141,7 @@ class Accuracy:
         try:
             for batch in batches(subject, split, order, self.batch_size):
                 record.add(subject.model, attack, batch, gen)
-            beyond = _without_limit(subject, attack, split, order[record.survivors()[:CHECKED]], gen)
+            beyond = self._without_limit(subject, attack, split, order[record.survivors()[:CHECKED]], gen)
         except AttackBroken as error:
             return Reading(self.name, "No accuracy was measured.", Outcome.failed(str(error)), settings=settings)
         y = split.labels[order.to(split.labels.device)].cpu()
@@ -155,6 +156,19 @@ class Accuracy:
             settings=settings,
             examples=record.examples(),
         )
+
+    def _without_limit(
+        self, subject: Subject, attack: Attack, split: Split, order: Tensor, gen: Generator
+    ) -> float | None:
+        """Share of the survivors at ``order`` that resist the attack with the whole box; None without survivors."""
+        if len(order) == 0:
+            return None
+        held = 0
+        for batch in batches(subject, split, order, self.batch_size):
+            corner = torch.ones_like(batch.x[:1])
+            across = float(attack.threat.distance(corner, torch.zeros_like(corner))[0])
+            held += int(evaluate(at_radius(attack, across), subject.model, batch, gen=gen).robust.sum())
+        return held / len(order)
 
     def _radii(self, eps: float) -> list[float]:
         chosen = [eps * k / 4 for k in range(5)] if self.radii is None else self.radii
@@ -224,17 +238,6 @@ def at_radius(attack: Attack, eps: float) -> Attack:
     if step is not None and eps > 0 and attack.threat.eps > 0:
         changes["step_size"] = step * eps / attack.threat.eps
     return cast(Attack, dataclasses.replace(cast(Any, attack), **changes))
-
-
-def _without_limit(subject: Subject, attack: Attack, split: Split, order: Tensor, gen: Generator) -> float | None:
-    """Share of the survivors at ``order`` that resist the attack with the whole box; None without survivors."""
-    if len(order) == 0:
-        return None
-    (batch,) = batches(subject, split, order, len(order))
-    corner = torch.ones_like(batch.x[:1])
-    across = float(attack.threat.distance(corner, torch.zeros_like(corner))[0])
-    seen = evaluate(at_radius(attack, across), subject.model, batch, gen=gen)
-    return float(seen.robust.double().mean())
 
 
 def _quantities(record: _Record, beyond: float | None) -> tuple[list[Quantity], float]:

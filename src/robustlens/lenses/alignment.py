@@ -18,7 +18,7 @@ from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
 from robustlens.core.rng import forked
-from robustlens.core.types import Attack, Batch, Split, Subject, Threat
+from robustlens.core.types import WEIGHT_SCALE, Attack, Batch, Invariance, Split, Subject, Threat
 from robustlens.lenses.accuracy import at_radius
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
@@ -70,6 +70,7 @@ class Alignment:
     """
 
     name: ClassVar[str] = "alignment"
+    invariances: ClassVar[frozenset[Invariance]] = WEIGHT_SCALE
     reference: ClassVar[str] = "Roth, Kilcher and Hofmann 2020, arXiv 1906.01527, §5.2, figures 1 and 3 (right)"
 
     radii: tuple[float, ...] | None = None

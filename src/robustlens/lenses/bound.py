@@ -16,7 +16,7 @@ from robustlens.attacks.verify import AttackBroken
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
-from robustlens.core.types import Split, Subject
+from robustlens.core.types import EITHER_SCALE, WEIGHT_SCALE, Invariance, Split, Subject
 from robustlens.lenses.capacity import (
     Cover,
     Layer,
@@ -146,6 +146,10 @@ class GeneralizationBound:
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(n_examples=20, pieces=5), cls(gamma=2.0, dimension=3.0, constant=1.0, n_examples=10, pieces=2)]
+
+    @property
+    def invariances(self) -> frozenset[Invariance]:
+        return WEIGHT_SCALE if self.gamma else EITHER_SCALE
 
     @classmethod
     def thorough(cls) -> Self:

@@ -16,7 +16,7 @@ from robustlens.attacks.superdeepfool import SuperDeepFool
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
-from robustlens.core.types import Split, Subject
+from robustlens.core.types import EITHER_SCALE, Invariance, Split, Subject
 from robustlens.lenses.distances import Distances, Nearest, certificate, distances
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
@@ -81,6 +81,7 @@ class BoundaryDistance:
     """
 
     name: ClassVar[str] = "boundary-distance"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = (
         "Wu and Yu 2019, arXiv 1907.11780, §2 (margins) and Theorem 3 (estimate, after Hein and Andriushchenko 2017, "
         "arXiv 1705.08475)"

@@ -16,7 +16,7 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
-from robustlens.core.types import Attack, Split, Subject, Threat
+from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject, Threat
 from robustlens.lenses.accuracy import at_radius
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
@@ -66,6 +66,7 @@ class Confidence:
     """
 
     name: ClassVar[str] = "confidence"
+    invariances: ClassVar[frozenset[Invariance]] = WEIGHT_SCALE
     reference: ClassVar[str] = "Wen, Li and Jia 2020, arXiv 2011.07478, figures 5a and 5b; figure 7 and table 1"
 
     n_examples: int | None = 200

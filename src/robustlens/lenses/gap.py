@@ -15,7 +15,7 @@ from robustlens.attacks.verify import AttackBroken, evaluate
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
-from robustlens.core.types import Attack, Split, Subject
+from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.results.intervals import bootstrap_difference, bootstrap_mean
@@ -47,6 +47,7 @@ class GeneralisationGap:
     """
 
     name: ClassVar[str] = "generalisation-gap"
+    invariances: ClassVar[frozenset[Invariance]] = WEIGHT_SCALE
     reference: ClassVar[str] = "Schmidt et al. 2018, arXiv 1804.11285 (robust generalisation gap)"
 
     n_examples: int | None = 1000

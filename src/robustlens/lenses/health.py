@@ -13,7 +13,7 @@ from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
-from robustlens.core.types import Attack, Split, Subject
+from robustlens.core.types import EITHER_SCALE, Attack, Invariance, Split, Subject
 from robustlens.lenses.health_attacks import (
     Finding,
     Judged,
@@ -81,6 +81,7 @@ class Health:
     """
 
     name: ClassVar[str] = "health"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = (
         "Carlini et al. 2019, arXiv 1902.06705, §4–5; Athalye et al. 2018, arXiv 1802.00420, §3.1; Croce et al. 2022, "
         "arXiv 2202.13711"

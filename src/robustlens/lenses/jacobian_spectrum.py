@@ -16,7 +16,7 @@ from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import differentiating_twice
-from robustlens.core.types import Attack, Split, Subject
+from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
@@ -72,6 +72,7 @@ class JacobianSpectrum:
     """
 
     name: ClassVar[str] = "jacobian-spectrum"
+    invariances: ClassVar[frozenset[Invariance]] = WEIGHT_SCALE
     reference: ClassVar[str] = "Roth, Kilcher and Hofmann 2020, arXiv 1906.01527, §5.2, figure 1 (left) and A.5"
 
     attack: Attack | None = None

@@ -17,7 +17,7 @@ from robustlens.attacks.verify import AttackBroken
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.rng import generator
-from robustlens.core.types import Attack, Split, Subject
+from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject
 from robustlens.lenses.curve_shape import fitted, resampled, widths
 from robustlens.lenses.displaced import Displaced, Statistics
 from robustlens.lenses.oracle import Oracle, two_sided_subject
@@ -98,6 +98,7 @@ class WeightLandscape:
     """
 
     name: ClassVar[str] = "weight-landscape"
+    invariances: ClassVar[frozenset[Invariance]] = WEIGHT_SCALE
     reference: ClassVar[str] = (
         "Yamada et al. 2021, arXiv 2102.02950, eq. 5–6; Li et al. 2018, arXiv 1712.09913, §4; "
         "Stutz, Hein and Schiele 2021, arXiv 2104.04448, §3"
@@ -218,7 +219,7 @@ class WeightLandscape:
         curves = []
         for k in range(self.directions):
             h = filter_normalised(gaussian(weights, generator("cpu", scene.seed, "direction", k)), weights)
-            at = [scene.at(moved(weights, (alpha, h)), base.x_adv) if alpha else base for alpha in grid]
+            at = (scene.at(moved(weights, (alpha, h)), base.x_adv) if alpha else base for alpha in grid)
             curves.append([[losses.robust, losses.clean, losses.given] for losses in at])
         robust, clean, kept = np.asarray(curves).transpose(2, 0, 1, 3)
         flat = []

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
-from robustlens.core.types import Batch, Split, Subject
+from robustlens.core.types import EITHER_SCALE, Batch, Invariance, Split, Subject
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.lenses.pictures import class_name, compared
@@ -64,6 +64,7 @@ class LinearMargins:
     """
 
     name: ClassVar[str] = "linear-margins"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = "Wu and Yu 2019, arXiv 1907.11780, §2, §3 and eq. 7; Soudry et al. 2018"
     on_request: ClassVar[bool] = True
 

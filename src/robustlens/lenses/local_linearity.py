@@ -18,7 +18,7 @@ from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
-from robustlens.core.types import Attack, Split, Subject, Threat
+from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject, Threat
 from robustlens.lenses.linearity_figures import Measured, reading_of
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
@@ -82,6 +82,7 @@ class LocalLinearity:
     """
 
     name: ClassVar[str] = "local-linearity"
+    invariances: ClassVar[frozenset[Invariance]] = WEIGHT_SCALE
     reference: ClassVar[str] = "Roth, Kilcher and Hofmann 2020, arXiv 1906.01527, §5.3, figures 2 and 4"
 
     n_examples: int = 80

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
-from robustlens.core.types import Subject
+from robustlens.core.types import EITHER_SCALE, Invariance, Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.lenses.shared_bins import histogram
@@ -49,6 +49,7 @@ class LogitMargins:
     """
 
     name: ClassVar[str] = "logit-margins"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = (
         "Bartlett, Foster and Telgarsky 2017, arXiv 1706.08498, §1 (margins over complexity); Wu & Yu 2019, "
         "arXiv 1907.11780, eq. 14 (in feature space)"

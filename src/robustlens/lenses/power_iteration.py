@@ -16,7 +16,7 @@ from robustlens.attacks.verify import AttackBroken, craft
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
-from robustlens.core.types import Batch, Split, Subject
+from robustlens.core.types import EITHER_SCALE, Batch, Invariance, Split, Subject
 from robustlens.lenses.bands import averaged, band
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
@@ -67,6 +67,7 @@ class PowerIteration:
     """
 
     name: ClassVar[str] = "pga-power-iteration"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = "Roth, Kilcher and Hofmann 2020, arXiv 1906.01527, Theorem 1, eq. 7, 12 and 32"
 
     small: float = 1e-5

@@ -16,7 +16,7 @@ from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
 from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
-from robustlens.core.types import Split, Subject
+from robustlens.core.types import EITHER_SCALE, Invariance, Split, Subject
 from robustlens.lenses.oracle import Oracle, linear_subject, two_sided_subject
 from robustlens.lenses.passes import count, sample
 from robustlens.results.errors import require_at_least
@@ -136,6 +136,7 @@ class Preprocessing:
     """
 
     name: ClassVar[str] = "preprocessing"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = "McNemar 1947, Psychometrika 12, 153–157; Carlini et al. 2019, arXiv 1902.06705, §4"
     unsteady: ClassVar[bool] = True
 

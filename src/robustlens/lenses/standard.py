@@ -17,7 +17,7 @@ from robustlens.attacks.worst_case import STANDS, Told, WorstCase, worst_case
 from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.steady import COMPANY, unsteadiness
-from robustlens.core.types import Split, Subject
+from robustlens.core.types import EITHER_SCALE, Invariance, Split, Subject
 from robustlens.core.world import World, joined
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, require_split, sample
@@ -55,6 +55,7 @@ class StandardAccuracy:
     """
 
     name: ClassVar[str] = "standard-accuracy"
+    invariances: ClassVar[frozenset[Invariance]] = EITHER_SCALE
     reference: ClassVar[str] = "Croce and Hein 2020, arXiv 2003.01690; Croce et al. 2021, arXiv 2010.09670"
     unsteady: ClassVar[bool] = True
     on_request: ClassVar[bool] = True
