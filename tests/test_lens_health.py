@@ -97,6 +97,15 @@ def test_a_linear_network_is_honest(attack: Attack | None) -> None:
     assert (reading["clean accuracy"].value, reading["robust accuracy"].value) == (1.0, 0.0)
 
 
+def test_a_network_that_has_collapsed_is_told_apart_from_one_that_hides() -> None:
+    class Dead(Changed):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e-5 * super().forward(x) + torch.tensor([0.1, 0.2])
+
+    outcome = look(Dead()).outcome
+    assert outcome.status == "failed" and "all images, and noise as well, with nearly the same logits" in outcome.why
+
+
 def test_robust_images_are_not_called_hidden() -> None:
     """With a lead of 1.5 eps nothing can be broken, by any check; without a limit everything is."""
     reading = Health().look(subject(Changed(), share=1.5), gen=gen())

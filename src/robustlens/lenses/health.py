@@ -7,12 +7,14 @@ from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from robustlens.attacks.pgd import PGD
 from robustlens.attacks.verify import AttackBroken
 from robustlens.core.discovery import describe
+from robustlens.core.modes import untouched
 from robustlens.core.passes import Passes
+from robustlens.core.rng import generator
 from robustlens.core.types import EITHER_SCALE, Attack, Invariance, Split, Subject
 from robustlens.lenses.health_attacks import (
     Finding,
@@ -154,6 +156,12 @@ class Health:
             why = "The model answers some images with logits that are not finite numbers."
             return Reading(self.name, "Nothing was checked.", Outcome.failed(why), settings=settings)
         (images,) = batches(subject, split, order, len(order))
+        if _is_constant(subject.model, images.x[: self.batch_size]):
+            why = (
+                "The model answers all images, and noise as well, with nearly the same logits: there is nothing to "
+                "attack. Its training may have collapsed, or what it is given does not reach its last layer."
+            )
+            return Reading(self.name, "Nothing was checked.", Outcome.failed(why), settings=settings)
         try:
             judged = Judged.by(attack, subject.model, images, size=self.batch_size, gen=gen)
             found, left, way = self._checked(judged, self._known(subject, split), gen)
@@ -200,6 +208,15 @@ class Health:
             in_company(judged),
         ]
         return found, left, way
+
+
+def _is_constant(model: nn.Module, x: Tensor) -> bool:
+    """Whether logits of images (B, C, H, W) and of uniform noise differ by less than a hundredth of their lead."""
+    noise = torch.rand(x.shape, generator=generator("cpu", 0, "noise")).to(x)
+    with untouched(model), torch.no_grad():
+        z = torch.cat([model(x), model(noise)])
+    first, second = z.mean(0).topk(2).values
+    return bool((z.amax(0) - z.amin(0)).max() < (first - second) / 100)
 
 
 def _accuracies(judged: Judged, standing: Tensor) -> tuple[list[Quantity], Quantity]:
