@@ -4,7 +4,7 @@
 
 Networks without any masking (LeNetSmall on mnist5k, standard training and PGD-7, in ℓ∞ and ℓ2) are trained from several
 seeds, once, into ``runs/reference``. The default attack is judged on disjoint parts of the 1,000 test images, and every
-alarm is kept with its reason. A network that gives all images the same logits fails, and is no part of the rate.
+alarm is kept with its reason. A network that gives all images one answer fails, and is no part of the rate.
 """
 
 from __future__ import annotations

@@ -156,10 +156,10 @@ class Health:
             why = "The model answers some images with logits that are not finite numbers."
             return Reading(self.name, "Nothing was checked.", Outcome.failed(why), settings=settings)
         (images,) = batches(subject, split, order, len(order))
-        if _is_constant(subject.model, images.x[: self.batch_size]):
+        if len(images.y.unique()) > 1 and _gives_one_answer(subject.model, images.x, self.batch_size):
             why = (
-                "The model answers all images, and noise as well, with nearly the same logits: there is nothing to "
-                "attack. Its training may have collapsed, or what it is given does not reach its last layer."
+                "The model gives one answer to all images, though they are of several classes, and to noise: there is "
+                "nothing to attack. Its training may have collapsed, or what it is given does not reach its last layer."
             )
             return Reading(self.name, "Nothing was checked.", Outcome.failed(why), settings=settings)
         try:
@@ -210,13 +210,12 @@ class Health:
         return found, left, way
 
 
-def _is_constant(model: nn.Module, x: Tensor) -> bool:
-    """Whether logits of images (B, C, H, W) and of uniform noise differ by less than a hundredth of their lead."""
-    noise = torch.rand(x.shape, generator=generator("cpu", 0, "noise")).to(x)
+def _gives_one_answer(model: nn.Module, x: Tensor, size: int) -> bool:
+    """Whether images (N, C, H, W) and uniform noise are all of one class to the model."""
+    noise = torch.rand(x[:size].shape, generator=generator("cpu", 0, "noise")).to(x)
     with untouched(model), torch.no_grad():
-        z = torch.cat([model(x), model(noise)])
-    first, second = z.mean(0).topk(2).values
-    return bool((z.amax(0) - z.amin(0)).max() < (first - second) / 100)
+        answers = torch.cat([model(part).argmax(1) for part in (noise, *torch.split(x, size))])
+    return len(answers.unique()) == 1
 
 
 def _accuracies(judged: Judged, standing: Tensor) -> tuple[list[Quantity], Quantity]:
