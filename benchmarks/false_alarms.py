@@ -100,9 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     objected = sum(look["status"] == "unreliable" for look in judged)
     low, high = wilson(objected, len(judged))
     checks = Counter(check for look in seen for check in look["alarms"])
-    console.print(
-        f"{objected} of {len(seen)} looks object: {objected / len(seen):.1%} [{low:.1%}, {high:.1%}]; {checks}"
-    )
+    console.print(f"{objected} of {len(judged)} looks object [{low:.1%}, {high:.1%}]: {dict(checks)}")
+    console.print(f"{len(collapsed)} of {len({look['network'] for look in seen})} networks collapsed in training")
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "facts": facts(torch.device("cpu")),
