@@ -1,4 +1,4 @@
-"""Fields below their least value are refused in one line."""
+"""Fields below their least value and unknown names are refused in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from robustlens.results.errors import InputError, require_at_least
+from robustlens.results.errors import InputError, require_at_least, unknown_name
 
 
 @dataclass
@@ -27,3 +27,14 @@ def test_least_values() -> None:
         with pytest.raises(InputError) as caught:
             require_at_least(Part(weight, steps), weight=0, steps=1)
         assert str(caught.value) == said
+
+
+def test_the_nearest_name_may_have_been_begun_only() -> None:
+    known = ["003-table1-mnist-cnn", "003-table1-mnist-mlp", "004-table1", "health"]
+    for name, nearest in (
+        ("003-tabel1", "003-table1-mnist-cnn"),
+        ("003-table1-mnist-mpl", "003-table1-mnist-mlp"),
+        ("004-tabel1", "004-table1"),
+        ("helth", "health"),
+    ):
+        assert str(unknown_name("recipe", name, known)).endswith(f"Did you mean {nearest!r}?")

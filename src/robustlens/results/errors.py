@@ -77,10 +77,14 @@ MANY = 40
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that nobody knows, with the nearest one that exists; of very many the first are named."""
+    """The error for a name that nobody knows, with the nearest one that exists; of very many the first are named.
+
+    A name may have been begun only.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    fix = f"Did you mean {near[0]!r}?" if near else "See `robustlens list`."
+    begun = {each[: len(name)]: each for each in reversed(names)} | {each: each for each in names}
+    near = difflib.get_close_matches(name, begun, n=1, cutoff=0.5)
+    fix = f"Did you mean {begun[near[0]]!r}?" if near else "See `robustlens list`."
     more = f", … ({len(names)} in all)" if len(names) > MANY else ""
     return InputError(kind, expected=f"one of {', '.join(names[:MANY])}{more}", got=repr(name), fix=fix)
 
