@@ -298,7 +298,7 @@ RECIPES: tuple[Recipe, ...] = (
             for printed in rows("cifar10", TABLE1["cifar10", short], LABELS, study=study_, what=f"{short.upper()}, ")
         ),
         expects={
-            "laptop": "an hour and a half of one core that had other work (measured)",
+            "laptop": "two hours of one core that had other work (measured)",
             "paper": "a day of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} laptop: 5,000 training images, 20 and 10 epochs of Adam instead of 200 of SGD, one seed, "
