@@ -1,6 +1,6 @@
 """How often ``health`` objects to an attack that has nothing to hide.
 
-    python -m benchmarks.false_alarms            # 20 networks, 100 looks: half an hour of one core
+    python -m benchmarks.false_alarms            # 20 networks, 100 looks: a quarter of an hour of one core
 
 Networks without any masking (LeNetSmall on mnist5k, standard training and PGD-7, in ℓ∞ and ℓ2) are trained from several
 seeds, once, into ``runs/reference``. The default attack is judged on disjoint parts of the 1,000 test images, and every
@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks.harness import ROOT, facts
 from robustlens.core.discovery import build
 from robustlens.core.rng import generator
-from robustlens.core.types import Splits, Subject
+from robustlens.core.types import Split, Splits, Subject
 from robustlens.data.sources import load
 from robustlens.lenses.health import Health
 from robustlens.models.adapter import load_weights
@@ -69,7 +69,7 @@ def looks(run: RunDirectory, splits: Splits, threat: str) -> Iterator[dict[str, 
     lens = Health(n_examples=IMAGES)
     for part in range(len(splits.test) // IMAGES):
         batch = splits.test.batch(torch.arange(part * IMAGES, (part + 1) * IMAGES))
-        some = replace(splits, test=type(splits.test)(batch.x, batch.y))
+        some = replace(splits, test=Split(batch.x, batch.y))
         reading = lens.look(Subject(model.eval(), some, Lp.parse(threat)), gen=generator("cpu", part, "false alarms"))
         rows = [row for panel in reading.panels if isinstance(panel, Table) for row in panel.rows]
         yield {

@@ -69,7 +69,8 @@ def spectra(plan: Plan) -> Iterator[Row]:
     # A round takes a minute: the recipe's matrices are many and large.
     ways = {"float64": lambda: recipe("float64"), "float32": lambda: recipe("float32"), "ours": ours}
     seconds = interleave([Case(*way) for way in ways.items()], rounds=min(plan.rounds, 3), device=plan.device)
-    errors = {way: worst_error(find(), recipe("float64")) for way, find in ways.items() if way != "float64"}
+    exact = recipe("float64")
+    errors = {way: worst_error(find(), exact) for way, find in ways.items() if way != "float64"}
     for dtype in ("float64", "float32"):
         fields = compare(seconds["ours"], seconds[dtype])
         fields["measured"] |= {"relative error": errors["ours"], "relative error of float32": errors["float32"]}

@@ -157,7 +157,7 @@ class Health:
             why = "The model answers some images with logits that are not finite numbers."
             return Reading(self.name, "Nothing was checked.", Outcome.failed(why), settings=settings)
         (images,) = batches(subject, split, order, len(order))
-        if bool((images.y != images.y[0]).any()) and _gives_one_answer(subject.model, images.x, self.batch_size):
+        if bool((images.y != images.y[0]).any()) and _gives_one_answer(subject.model, images.x[: self.batch_size], z):
             why = (
                 "The model gives one answer to all images, though they are of several classes, and to noise: there is "
                 "nothing to attack. Its training may have collapsed, or what it is given does not reach its last layer."
@@ -211,11 +211,11 @@ class Health:
         return found, left, way
 
 
-def _gives_one_answer(model: nn.Module, x: Tensor, size: int) -> bool:
-    """Whether images (N, C, H, W) and uniform noise are all of one class to the model."""
-    noise = torch.rand(x[:size].shape, generator=generator("cpu", 0, "noise")).to(x)
+def _gives_one_answer(model: nn.Module, x: Tensor, z: Tensor) -> bool:
+    """Whether all images, of logits ``z`` (N, K), and noise like ``x`` (B, C, H, W) are of one class to the model."""
+    noise = torch.rand(x.shape, generator=generator("cpu", 0, "noise")).to(x)
     with untouched(model), torch.no_grad():
-        answers = torch.cat([model(part).argmax(1) for part in (noise, *torch.split(x, size))])
+        answers = torch.cat([z.argmax(1), model(noise).argmax(1).cpu()])
     return bool((answers == answers[0]).all())
 
 
