@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -145,9 +146,11 @@ def test_threads_change_nothing() -> None:
     kernel, before = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
     alone = circular_conv_spectrum(kernel, (6, 6)), circular_conv_norm(kernel, (6, 6))
     torch.set_num_threads(2)
+    pools = [pool["num_threads"] for pool in threadpool_info()]
     try:
         together = circular_conv_spectrum(kernel, (6, 6)), circular_conv_norm(kernel, (6, 6))
         assert torch.get_num_threads() == 2
+        assert [pool["num_threads"] for pool in threadpool_info()] == pools
     finally:
         torch.set_num_threads(before)
     assert torch.equal(alone[0], together[0]) and alone[1] == pytest.approx(together[1], rel=1e-12)

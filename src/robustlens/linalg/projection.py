@@ -29,7 +29,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from robustlens.linalg.spectra import Pair, blocks, circular_conv_norm, linear_spectrum, smaller_gram, sub_images
+from robustlens.linalg.singular import smaller_gram
+from robustlens.linalg.spectra import Pair, blocks, circular_conv_norm, linear_spectrum, sub_images
 
 How = Literal["clip", "alternating", "rescale"]
 

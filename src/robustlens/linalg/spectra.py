@@ -17,45 +17,24 @@ Everything runs in float64 and complex128, on the GPU where the weights are on o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from robustlens.linalg.singular import by_workers, singular_values, smaller_gram
 from robustlens.results.errors import InputError
 
 Pair = tuple[int, int]
-Result = TypeVar("Result")
 
 #: Complex numbers that the symbols of one chunk of frequencies may hold (64 MiB in complex128).
 CHUNK = 4 * 2**20
 
 
-#: Where λ_min < STEEP·λ_max for the Gram matrix of A, singular values come from A itself.
-STEEP = 1e-8
-
-
 def linear_spectrum(weight: Tensor) -> Tensor:
     """Singular values (min(out, in),) of ``weight`` (out, in), descending, float64 on the CPU."""
     return singular_values(_precise(weight)).flip(-1).cpu()
-
-
-def singular_values(matrices: Tensor) -> Tensor:
-    """Singular values (…, min(r, c)) of ``matrices`` (…, r, c), real or complex, in double precision, ascending.
-
-    Eigenvalues λ of the smaller Gram side give √λ with a relative error of 1e-16·λ_max/λ, about twice as fast as a
-    singular value decomposition of A, which takes over where that would exceed 1e-8.
-    """
-    squares: Tensor = torch.linalg.eigvalsh(smaller_gram(matrices))
-    values = squares.clamp(min=0).sqrt()
-    steep = squares[..., 0] < STEEP * squares[..., -1]
-    if bool(steep.any()):
-        driver = "gesvd" if matrices.is_cuda else None
-        values[steep] = torch.linalg.svdvals(matrices[steep], driver=driver).flip(-1)
-    return values
 
 
 def circular_conv_spectrum(
@@ -77,10 +56,14 @@ def circular_conv_spectrum(
     narrow, copies = _apart(kernel, size, stride, dilation)
     values = []
     for block in blocks(kernel, narrow, stride, dilation, groups):
-        once, twice = _by_workers(singular_values, block.symbols[~block.twice].real, block.symbols[block.twice])
+        once, twice = by_workers(_values, block.parts[~block.twice, :1], block.parts[block.twice])
         values += [torch.cat([part.flatten() for part in once]).repeat(copies)]
         values += [torch.cat([part.flatten() for part in twice]).repeat(2 * copies)] if twice else []
     return torch.cat(values).sort(descending=True).values.cpu()
+
+
+def _values(parts: Tensor) -> Tensor:
+    return singular_values(*parts.unbind(1))
 
 
 def circular_conv_norm(
@@ -94,7 +77,7 @@ def circular_conv_norm(
     largest = 0.0
     narrow, _ = _apart(kernel, size, stride, dilation)
     for block in blocks(kernel, narrow, stride, dilation, groups):
-        (squares,) = _by_workers(_largest_square, block.symbols.flatten(0, 1), parts=1)
+        (squares,) = by_workers(_largest_square, block.symbols.flatten(0, 1), parts=1)
         largest = max(largest, *squares)
     return math.sqrt(largest)
 
@@ -117,23 +100,6 @@ def _largest_square(symbols: Tensor) -> float:
         left[best] = False
         gram = gram[left]
     return largest * scale**2
-
-
-def _by_workers(work: Callable[[Tensor], Result], *groups: Tensor, parts: int = 4) -> list[list[Result]]:
-    """``work`` on every group of matrices (F, …), in ``parts`` parts for each worker: on the CPU one single-threaded
-    worker for every thread of torch.
-
-    LAPACK gains little from threads inside matrices of this size.
-    """
-    workers = 1 if groups[0].is_cuda else torch.get_num_threads()
-    if workers == 1:
-        return [[work(group)] if len(group) else [] for group in groups]
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tasks = [[pool.submit(work, part) for part in group.chunk(parts * workers)] for group in groups]
-            return [[task.result() for task in group] for group in tasks]
-    finally:
-        torch.set_num_threads(workers)  # what workers set also holds for threads that start later
 
 
 def _promising(gram: Tensor) -> Tensor:
@@ -192,21 +158,21 @@ def round_up(size: Pair, stride: Pair) -> Pair:
     return -(-size[0] // stride[0]) * stride[0], -(-size[1] // stride[1]) * stride[1]
 
 
-def smaller_gram(matrices: Tensor) -> Tensor:
-    """A·A* or A*·A, whichever is smaller, for matrices A (…, r, c)."""
-    return matrices @ matrices.mH if matrices.shape[-2] <= matrices.shape[-1] else matrices.mH @ matrices
-
-
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Symbols (F, groups, c_out/groups, c_in·s²/groups), complex128; ``twice`` (F,): stands for −f as well.
+    """``parts`` (F, 2, groups, c_out/groups, c_in·s²/groups): the symbols' real and imaginary parts, float64.
 
-    ``phase`` (F, k_h·k_w) holds exp(2πi ⟨f, a⟩ / m) of every tap.
+    ``twice`` (F,): stands for −f as well. ``phase`` (F, k_h·k_w) holds exp(2πi ⟨f, a⟩ / m) of every tap.
     """
 
-    symbols: Tensor
+    parts: Tensor
     twice: Tensor
     phase: Tensor
+
+    @property
+    def symbols(self) -> Tensor:
+        """(F, groups, c_out/groups, c_in·s²/groups), complex128."""
+        return torch.complex(self.parts[:, 0], self.parts[:, 1])
 
 
 def sub_images(taps: int, dilation: int, stride: int) -> Tensor:
@@ -229,7 +195,7 @@ def blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int
     real, device = taps.dtype, taps.device
     down, right = (torch.arange(k, device=device) * d for k, d in ((kh, dilation[0]), (kw, dilation[1])))
     rows, cols = sub_images(kh, dilation[0], sh).to(device), sub_images(kw, dilation[1], sw).to(device)
-    split = torch.einsum("gopyx,ay,bx->yxgopab", taps, rows, cols).reshape(kh * kw, -1).to(torch.complex128)
+    split = torch.einsum("gopyx,ay,bx->yxgopab", taps, rows, cols).reshape(kh * kw, -1)
     width = c_in * sh * sw
 
     u, v = torch.meshgrid(torch.arange(mh, device=device), torch.arange(mw // 2 + 1, device=device), indexing="ij")
@@ -244,7 +210,8 @@ def blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int
         turn_y = (u[here] * (down // sh)[:, None] % mh).to(real) / mh
         turn_x = (v[here] * (right // sw) % mw).to(real) / mw
         phase = torch.exp(2j * torch.pi * (turn_y + turn_x)).reshape(-1, kh * kw)
-        yield Block((phase @ split).reshape(-1, groups, c_out // groups, width), twice[here], phase)
+        parts = torch.view_as_real(phase).mT.reshape(-1, kh * kw) @ split
+        yield Block(parts.reshape(-1, 2, groups, c_out // groups, width), twice[here], phase)
 
 
 def _check_stride(size: Pair, stride: Pair) -> None:
