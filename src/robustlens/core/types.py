@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, Self, runtime_checkable
@@ -345,3 +345,10 @@ class Resumable(Protocol):
     def look_resumably(
         self, subject: Subject, *, gen: Generator, state: Path | None, told: Callable[..., None] | None
     ) -> Reading: ...
+
+
+@runtime_checkable
+class Followed(Protocol):
+    """A lens whose readings after several epochs say more together: what they say, its quantities and its panels."""
+
+    def follow(self, found: Sequence[tuple[int, Reading]]) -> Reading | None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -17,6 +18,7 @@ from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
+from robustlens.lenses.overfitting import overfitting
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.results.intervals import bootstrap_difference, bootstrap_mean
 from robustlens.results.panels import Floats, Table
@@ -133,7 +135,15 @@ class GeneralisationGap:
             headline=tuple(q.name for q in gaps if q.name != "robust error gap"),
             panels=(Table("Generalisation gaps", HEADER, tuple(rows)),),
             settings=settings,
+            examples={
+                "index, test": sample(test, self.n_examples).numpy(),
+                **{f"{name}, test": v.astype(bool) for name, v in measured["test"].items() if name.endswith("error")},
+            },
         )
+
+    def follow(self, found: Sequence[tuple[int, Reading]]) -> Reading | None:
+        """Whether the robust error rose again while training went on."""
+        return overfitting(found)
 
     def _measure(self, subject: Subject, split: Split, attack: Attack, gen: Generator) -> dict[str, Floats]:
         """Per-example values (n,) of every measure on a sample of ``split``."""

@@ -77,6 +77,22 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return found
 
 
+#: What is seen together where a run was followed: gap, margins and flatness.
+FOLLOWED = {
+    "generalisation-gap over epochs": ("Robust error", "Robust loss"),
+    "logit-margins over epochs": ("Mean normalised margin, test",),
+    "weight-landscape over epochs": ("Average robust flatness",),
+}
+
+
+def overfitting_view(found: Sequence[Section]) -> list[PanelGroup]:
+    """The curves of robust overfitting beside each other, where more than one lens followed the epochs."""
+    seen = {section.lens: section for section in found if section.lens in FOLLOWED}
+    groups = [g for lens, s in seen.items() for g in s.panels() if g.title in FOLLOWED[lens] and g.kind == "curve"]
+    whole = len(seen) > 1 and any(group.title == "Robust error" for group in groups)
+    return groups if whole else []
+
+
 def _radiusless(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without the radius that was attacked at, and the step size that goes with it."""
     kept = {key: value for key, value in settings.items() if key != "threat"}

@@ -17,7 +17,7 @@ import robustlens
 from robustlens.report import numbers
 from robustlens.report.aggregate import over_seeds
 from robustlens.report.charts import chart, palette, spec, undrawn
-from robustlens.report.collect import PanelGroup, Section, sections, training_curves
+from robustlens.report.collect import PanelGroup, Section, overfitting_view, sections, training_curves
 from robustlens.report.figures import file_names, slug, vega_lite_version
 from robustlens.report.front import Front
 from robustlens.report.pictures import SHOWN, data_uri
@@ -75,6 +75,7 @@ def write_page(
     colours = palette(grouped)
     parts = [{"name": "Over the networks", "id": "networks", "blocks": _over(charts, colours, specs), "merging": []}]
     parts += [_part("Training", "training", training_curves(loaded), colours, specs)]
+    parts += [_part("Robust overfitting", "overfitting", overfitting_view(found), colours, specs)]
     parts += [_part(s.name, f"lens-{i}-{slug(s.name)}", s.panels(), colours, specs) for i, s in enumerate(found)]
     outcomes = [_outcomes(section) for section in found]
     environment = jinja2.Environment(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from robustlens.core import discovery
-from robustlens.core.types import Lens
+from robustlens.core.types import Followed, Lens
 from robustlens.report.numbers import number
 from robustlens.results.errors import InputError
 from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
@@ -57,23 +57,28 @@ def schedule(choice: str | Mapping[str, Any]) -> Scheduled:
 
 def side_by_side(scheduled: Scheduled, found: Sequence[tuple[int, Reading]]) -> Reading:
     """One reading of what a lens found after each epoch: its headline numbers as curves, its pictures one below the
-    other, and every number in a table."""
+    other, every number in a table, and what the lens has to say of them together."""
     first, last = found[0][1], found[-1][1]
     names = list(dict.fromkeys(name for _, reading in found for name in reading.headline))
     spans = [f"{name} {_brief(first, name)} → {_brief(last, name)}" for name in names]
     marks = [str(epoch) for epoch, _ in found]
     epochs = f"epochs {', '.join(marks)}" if len(marks) <= 6 else f"{len(marks)} epochs from {marks[0]} to {marks[-1]}"
     troubled = [f"after epoch {e}: {r.outcome.why}" for e, r in found if r.outcome.status != "ok"]
+    together = scheduled.lens.follow(found) if isinstance(scheduled.lens, Followed) else None
+    together = together or Reading(scheduled.lens.name, "")
     return Reading(
         lens=scheduled.name,
-        says=f"Over {epochs}: {'; '.join(spans) or 'nothing was measured'}.",
+        says=f"Over {epochs}: {'; '.join(spans) or 'nothing was measured'}. {together.says}".rstrip(),
         outcome=Outcome.unreliable(" ".join(troubled)) if troubled else Outcome(),
-        quantities=tuple(
-            Quantity(**{**vars(quantity), "name": f"{quantity.name}, epoch {epoch}"})
-            for epoch, reading in found
-            for quantity in reading.quantities
+        quantities=(
+            *together.quantities,
+            *(
+                Quantity(**{**vars(quantity), "name": f"{quantity.name}, epoch {epoch}"})
+                for epoch, reading in found
+                for quantity in reading.quantities
+            ),
         ),
-        panels=(*_curves(names, found), *_galleries(found), _table(found)),
+        panels=(*together.panels, *_curves(names, found), *_galleries(found), _table(found)),
         settings={**last.settings, "when": f"epochs:{','.join(str(epoch) for epoch in scheduled.epochs)}"},
         examples={f"{name}, epoch {e}": values for e, reading in found for name, values in reading.examples.items()},
     )
