@@ -16,6 +16,7 @@ from robustlens.core.modes import CraftMode, Precision, precision, untouched
 from robustlens.core.rng import detour
 from robustlens.core.types import Attack, Batch
 from robustlens.linalg.frozen_convolutions import quick_gradients
+from robustlens.linalg.frozen_linears import quick_linears
 from robustlens.results.errors import RobustlensError
 
 #: Rounding that a re-projected point may show, relative to eps (float32 norms over thousands of pixels).
@@ -60,7 +61,8 @@ def craft(
     """
     if attack.threat.eps == 0 or len(x) == 0:
         return x
-    with untouched(model, mode=mode), precision(precise, x.device), quick_gradients(model), detour(gen):
+    quick = quick_gradients(model), quick_linears(model)
+    with untouched(model, mode=mode), precision(precise, x.device), quick[0], quick[1], detour(gen):
         x_adv = attack.perturb(model, x, y, gen=gen)
     return _checked(attack, x_adv, x)
 
