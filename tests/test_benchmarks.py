@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DATA, NETWORKS, needs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import __main__ as command
-from benchmarks import bf16, crafting, harness, memory, methods, peers, step, variants
+from benchmarks import bf16, crafting, harness, memory, methods, peers, published, step, variants
 from benchmarks.workload import WORKLOADS, Plan
 from robustlens.core.passes import Passes
 
@@ -140,3 +141,16 @@ def test_rounds_are_interleaved_and_ratios_taken_inside_them():
     assert [len(values) for values in seconds.values()] == [2, 2]
     found = harness.compare([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
     assert (found["ratio"], found["low"], found["high"]) == (3.0, 2.0, 4.0)
+
+
+@needs(DATA / "mnist", NETWORKS)
+def test_published_networks_are_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "OUT", tmp_path / "published.json")
+    monkeypatch.setattr(published, "NETWORKS", ("lcr",))
+    monkeypatch.setattr(published, "IMAGES", 6)
+    monkeypatch.setattr(published, "ATTACK", dataclasses.replace(published.ATTACK, steps=2))
+    assert published.main([str(NETWORKS)]) == 0
+    record = json.loads(published.OUT.read_text())["lcr"]
+    assert record["quantities"]["robust accuracy"][3] == 6 and record["status"] in ("ok", "unreliable")
+    monkeypatch.setattr(published, "judge", None)
+    assert published.main([str(NETWORKS)]) == 0
