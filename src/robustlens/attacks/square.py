@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Self
 
 import torch
@@ -140,8 +141,9 @@ class Square:
             if len(rows) == 0:
                 continue
             reached = logit_margin(model(asked.view(len(rows), *shape)), y[rows])
-            better = reached < margin[rows]
-            point[rows[better]], margin[rows[better]] = asked[better], reached[better]
+            better = (reached < margin[rows]).nonzero()[:, 0]
+            won = rows[better]
+            point[won], margin[won] = asked[better], reached[better]
         found[alive], lowest[alive] = point, margin
         return found.view_as(x), lowest
 
@@ -256,8 +258,14 @@ def _windows(point: Tensor, image: torch.Size, window: tuple[int, int], gen: Gen
     """Pixels (B, C, h · w) of a window for each image, the same in all channels, uniformly among those that fit."""
     (height, width), (h, w), (n, channels, _) = image, window, point.shape
     top, left = (_below(end + 1, (n, 1, 1), point, gen) for end in (height - h, width - w))
-    rows, columns = torch.arange(h, device=point.device), torch.arange(w, device=point.device)
-    return (top * width + left + (rows[:, None] * width + columns).flatten()).expand(n, channels, h * w)
+    return (top * width + left + _first_window(width, window, point.device)).expand(n, channels, h * w)
+
+
+@lru_cache(maxsize=8)
+def _first_window(width: int, window: tuple[int, int], device: torch.device) -> Tensor:
+    """Pixels (h · w) of the window in the upper left corner of an image of ``width``."""
+    rows, columns = (torch.arange(end, device=device) for end in window)
+    return (rows[:, None] * width + columns).flatten()
 
 
 def _coins(shape: tuple[int, ...], like: Tensor, gen: Generator) -> Tensor:
