@@ -21,7 +21,7 @@ STEEP = 1e-8
 def singular_values(real: Tensor, imaginary: Tensor | None = None) -> Tensor:
     """Singular values (…, min(r, c)) of the matrices ``real`` + i·``imaginary`` (…, r, c), float64, ascending.
 
-    Eigenvalues λ of the smaller Gram side give √λ with a relative error of 1e-16·λ_max/λ, two to four times as fast as
+    Eigenvalues λ of the smaller Gram side give √λ with a relative error of 1e-16·λ_max/λ, about twice as fast as
     a singular value decomposition of A, which takes over where that would exceed 1e-8.
     """
     gram = _gram(real, imaginary)
