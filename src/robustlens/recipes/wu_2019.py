@@ -245,7 +245,7 @@ RECIPES: tuple[Recipe, ...] = (
         studies=lambda scale: [cnn(scale)],
         printed=tuple(rows("mnist", TABLE1["mnist", "cnn"], LABELS)),
         expects={
-            "laptop": "an hour and a half of one core (measured)",
+            "laptop": "two hours of one core (measured)",
             "paper": "6 hours of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} laptop: 20 epochs instead of 200, one seed, 200 test images attacked. {SLOW}",
@@ -326,7 +326,7 @@ RECIPES: tuple[Recipe, ...] = (
             ),
         ),
         expects={
-            "laptop": "four hours of one core, an hour and a half of them MMR's (2 steps measured)",
+            "laptop": "an hour and 40 minutes of one core to train (measured), an hour for the lenses (estimated)",
             "paper": "a day of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} Deep Defense's settings for CIFAR-10 were not published: those of MNIST. laptop: 5,000 "
