@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from conftest import gen
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from robustlens.attacks.fgsm import FGSM
@@ -317,3 +320,26 @@ def test_an_endless_step_lands_on_the_sphere_in_the_direction_of_the_gradient() 
 def test_settings_that_do_not_go_together(wrong: dict[str, object], expects: str) -> None:
     with pytest.raises(InputError, match=expects):
         PGD(threat=Lp("l2", 1.0), **wrong)
+
+
+def test_an_attack_may_use_transforms() -> None:
+    """What makes frozen layers quick leaves torch.func alone."""
+
+    @dataclass(frozen=True)
+    class Ascent:
+        threat: Lp
+        name: ClassVar[str] = "ascent"
+
+        def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
+            slope = torch.func.grad(lambda z: model(z)[:, 0].sum())(x)
+            rows = torch.func.vmap(torch.func.jacrev(model))(x[:, None])[:, 0, 0]
+            assert torch.allclose(slope, rows.view_as(x), rtol=1e-4, atol=1e-6)
+            return x + self.threat.eps * slope.sign()
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 70), nn.Linear(70, 3)).eval()
+    x = torch.rand(5, 1, 8, 8, generator=gen(0))
+    threat = Lp("linf", 0.01)
+    found = craft(Ascent(threat), model, x, torch.zeros(5, dtype=torch.long), gen=gen(0))
+    point = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(point)[:, 0].sum(), point)
+    assert torch.allclose(found, threat.project(x + 0.01 * slope.sign(), x), atol=1e-6)

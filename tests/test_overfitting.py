@@ -95,6 +95,8 @@ def test_gap_margins_and_flatness_stand_beside_each_other(tmp_path: Path) -> Non
     titles = ("Robust error", "Robust loss", "Mean normalised margin, test", "Average robust flatness")
     places = [view.index(f"<h3>{title}</h3>") for title in titles]
     assert places == sorted(places)
+    (mixed,) = run_study(study([*lenses, {**lenses[0], "robust": False}]), tmp_path / "mixed")
+    assert 'id="overfitting"' in write_page([mixed], tmp_path / "page.html", title="t").read_text()
     (alone,) = run_study(study(lenses[:1]), tmp_path / "alone")
     page = write_page([alone], tmp_path / "page.html", title="t").read_text()
     assert "Robust error" in page and 'id="overfitting"' not in page

@@ -61,8 +61,13 @@ def craft(
     """
     if attack.threat.eps == 0 or len(x) == 0:
         return x
-    quick = quick_gradients(model), quick_linears(model)
-    with untouched(model, mode=mode), precision(precise, x.device), quick[0], quick[1], detour(gen):
+    with (
+        untouched(model, mode=mode),
+        precision(precise, x.device),
+        quick_gradients(model),
+        quick_linears(model),
+        detour(gen),
+    ):
         x_adv = attack.perturb(model, x, y, gen=gen)
     return _checked(attack, x_adv, x)
 

@@ -22,13 +22,16 @@ class FrozenConvolutions(TorchFunctionMode):
     derivative by the weights, frozen or not, which made Jv three times as dear. Where an output looks at few numbers
     (3 × 3 pixels in three colours, 5 × 5 in gray) a CPU is quicker with one matrix product and overlapping sums: up
     to five times on the first layers of LeNetSmall and a CNN for MNIST, level or up to twice on that of a ResNet.
+    Inside ``torch.func`` transforms everything stays as it is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv2d:
             convolution = _bound(*args, **(kwargs or {}))
             parts = convolution.weight, convolution.bias
-            if not isinstance(convolution.padding, str) and not any(p is not None and p.requires_grad for p in parts):
+            plain = not isinstance(convolution.padding, str)
+            plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(convolution.input)
+            if plain and not any(p is not None and p.requires_grad for p in parts):
                 return _Convolution.apply(*convolution)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 

@@ -21,7 +21,7 @@ def quick_linears(model: nn.Module) -> Iterator[None]:
 
     The results agree to rounding. torch multiplies by MKL, which leaves the wide instructions of CPUs that are not
     Intel's unused: there oneDNN takes less than half of the time, elsewhere as much. torch's compiler calls the same
-    operation.
+    operation. Inside ``torch.func`` transforms everything stays as it is.
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() > SMALL] if _here() else []
     layers = [layer for layer in layers if "forward" not in vars(layer)]
@@ -43,7 +43,8 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     frozen = not any(p.requires_grad for p in weights)
     alike = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in (x, *weights))
-    if frozen and alike and x.dim() > 1 and x.numel() and not torch.is_autocast_enabled("cpu"):
+    plain = not torch.is_autocast_enabled("cpu") and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if frozen and alike and plain and x.dim() > 1 and x.numel():
         found: Tensor = _Product.apply(x, *weights)  # type: ignore[no-untyped-call]
         return found
     return F.linear(x, layer.weight, layer.bias)

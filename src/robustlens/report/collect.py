@@ -87,9 +87,10 @@ FOLLOWED = {
 
 def overfitting_view(found: Sequence[Section]) -> list[PanelGroup]:
     """The curves of robust overfitting beside each other, where more than one lens followed the epochs."""
-    seen = {section.lens: section for section in found if section.lens in FOLLOWED}
-    groups = [g for lens, s in seen.items() for g in s.panels() if g.title in FOLLOWED[lens] and g.kind == "curve"]
-    whole = len(seen) > 1 and any(group.title == "Robust error" for group in groups)
+    followed = [section for section in found if section.lens in FOLLOWED]
+    groups = [g for s in followed for g in s.panels() if g.title in FOLLOWED[s.lens] and g.kind == "curve"]
+    several = len({section.lens for section in followed}) > 1
+    whole = several and any(group.title == "Robust error" for group in groups)
     return groups if whole else []
 
 
