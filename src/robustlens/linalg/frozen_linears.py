@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustlens.linalg.frozen_convolutions import transformed
+
 #: Weights, up to which a product is too small to gain.
 SMALL = 4096
 
@@ -43,7 +45,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     frozen = not any(p.requires_grad for p in weights)
     alike = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in (x, *weights))
-    plain = not torch.is_autocast_enabled("cpu") and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    plain = not torch.is_autocast_enabled("cpu") and not transformed(x)
     if frozen and alike and plain and x.dim() > 1 and x.numel():
         found: Tensor = _Product.apply(x, *weights)  # type: ignore[no-untyped-call]
         return found
@@ -59,5 +61,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return _Product.apply(grads[0], weight.mT.contiguous()), None, None  # type: ignore[no-untyped-call]
+        (weight,), (grad,) = ctx.saved_tensors, grads
+        if transformed(grad):
+            return grad @ weight, None, None
+        return _Product.apply(grad, weight.mT), None, None  # type: ignore[no-untyped-call]
