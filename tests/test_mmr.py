@@ -173,8 +173,8 @@ def test_columns_are_taken_where_they_are_fewer(
     images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, taken = build("model", "lenet-small").build((1, 8, 8), 4), []
-    pulled_norms = mmr_module.pulled_norms
-    monkeypatch.setattr(mmr_module, "pulled_norms", lambda *a, **k: taken.append(1) or pulled_norms(*a, **k))
+    by_column = mmr_module.norms_by_column
+    monkeypatch.setattr(mmr_module, "norms_by_column", lambda *a, **k: taken.append(1) or by_column(*a, **k))
     for share, expected in ((0.02, 0), (1.0, 1)):
         crafted, terms = step(net.double(), images, labels)
         MMR(gamma_b=9.0, first=share, last=share).penalty(net, crafted, terms, gen=gen())
@@ -257,6 +257,29 @@ class Mixed(nn.Module):
 )
 def test_refuses_what_has_other_regions(net: nn.Module, said: str, images: Tensor) -> None:
     with pytest.raises(InputError, match=said):
+        MMR().check(net, images)
+
+
+class Doubled(torch.autograd.Function):
+    """Can be differentiated as often as one likes, but backward only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return 2 * grads[0]
+
+
+def test_refuses_layers_without_forward_mode(images: Tensor) -> None:
+    class Backward(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            doubled: Tensor = Doubled.apply(x)
+            return doubled
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), Backward(), nn.Linear(9, 4))
+    with pytest.raises(InputError, match=r"forward mode.*got.*jvp"):
         MMR().check(net, images)
 
 

@@ -9,6 +9,7 @@ Take the network in eval mode: images must not see each other.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from robustlens.core.modes import evaluating, untouched
+from robustlens.core.modes import evaluating
 from robustlens.linalg.frozen_convolutions import FrozenConvolutions
 from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
 from robustlens.results.errors import InputError
@@ -55,8 +57,12 @@ def observed(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
     return seen, logits
 
 
-def observed_until(model: nn.Module, x: Tensor, call: int) -> list[Tensor]:
-    """``observed`` up to one call of a ReLU module, counted from 0; what comes later is not computed."""
+def observed_until(model: nn.Module, x: Tensor, call: int, *, held: bool = False) -> list[Tensor]:
+    """``observed`` up to one call of a ReLU module, counted from 0; what comes later is not computed.
+
+    With ``held``, for dual numbers in forward mode: which units are on is held fixed in the derivatives of tangents.
+    It is piecewise constant, but going backward torch would add its zeros to everything before.
+    """
     seen: list[Tensor] = []
 
     def keep(heights: Tensor) -> None:
@@ -64,18 +70,19 @@ def observed_until(model: nn.Module, x: Tensor, call: int) -> list[Tensor]:
         if len(seen) > call:
             raise _Reached
 
-    with _hooked(model, keep), suppress(_Reached):
+    with _hooked(model, keep, held=held), suppress(_Reached):
         model(x)
     return seen
 
 
 @contextmanager
-def _hooked(model: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
+def _hooked(model: nn.Module, keep: Callable[[Tensor], None], *, held: bool = False) -> Iterator[None]:
     """Inside, ``keep`` is called with the flat input of every ReLU module."""
 
-    def seen(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    def seen(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         keep(inputs[0].flatten(1))
-        return (inputs[0].clone(),) if module.inplace else None
+        here = inputs[0].clone() if module.inplace else inputs[0]
+        return (_held(here) if held else here,)
 
     hooks = [module.register_forward_pre_hook(seen) for module in model.modules() if isinstance(module, BENDS)]
     try:
@@ -83,6 +90,11 @@ def _hooked(model: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _held(dual: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+    return forward_ad.make_dual(primal.detach(), tangent)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Bends(NamedTuple):
@@ -182,6 +194,15 @@ def slopes_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], 
     return [layer.detach() for layer in layers], list(_pusher(layers, point)(v))
 
 
+def heights_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """As ``slopes_along`` in one pass, where both can be differentiated by the weights."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, about what it loads for this
+        point = forward_ad.make_dual(x, v)  # type: ignore[no-untyped-call]
+        parts = [forward_ad.unpack_dual(layer) for layer in heights(point)]  # type: ignore[no-untyped-call]
+    return [part.primal for part in parts], [part.tangent for part in parts]
+
+
 def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: Sweep | None = None) -> list[Tensor]:
     """‖∇h_j‖_q of all heights at images ``x`` (B, C, H, W), q in {1, 2, ∞}, as ``heights`` has them.
 
@@ -217,25 +238,26 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: 
     return [size.sqrt() if q == 2 and k < sweep.layers else size for k, size in enumerate(sizes)]
 
 
-def pulled_norms(
-    model: nn.Module, call: int, x: Tensor, q: float, pulls: list[Tensor], *, sweep: Sweep, chunk: int
-) -> Iterator[Tensor]:
-    """Scalars whose gradients by the weights sum to that of Σ_j p_j ‖∇h_j‖_q^q / q, q in {1, 2}.
+def norms_by_column(
+    model: nn.Module, call: int, x: Tensor, q: float, shares: list[Tensor], *, sweep: Sweep, chunk: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Parts of Σ_j p_j ‖∇h_j‖_q^q / q, q in {1, 2}: tensors, and its slopes by them.
 
-    h_j are the inputs of the ReLU calls 0 … ``call``, ``pulls`` (B, units) a layer their p_j. With vᶜ the directions
-    that ``gradient_norms`` goes along, a scalar is Σ_c ⟨vᶜ, Jᵀa⟩ over the colours c of a chunk, where
-    a_j = p_j sign(Jvᶜ)_j |Jvᶜ|_j^(q − 1) is held fixed: a pass serves all units.
+    h_j are the inputs of the ReLU calls 0 … ``call``, ``shares`` (B, units) a layer their p_j. The tensors, which can
+    be differentiated by the weights, are columns of J along some colours, as in ``gradient_norms``: a pass serves all
+    units.
     """
     copies = max(1, chunk // len(x))
-    many = x.detach().repeat(copies, 1, 1, 1).requires_grad_()
-    with untouched(model), torch.enable_grad(), FrozenConvolutions():
-        columns = _pusher(observed_until(model, many, call), many)
+    many = x.detach().repeat(copies, 1, 1, 1)
     for along in _colours(sweep, many, copies):
-        slopes = [column if q == 2 else column.sign() for column in columns(along)]
-        held = [slope * pull.repeat(copies, 1) for slope, pull in zip(slopes, pulls, strict=True)]
-        layers = observed_until(model, many, call)
-        (pulled,) = torch.autograd.grad(layers, many, held, create_graph=True)
-        yield (pulled * along).sum()
+        _, columns = heights_along(lambda z: observed_until(model, z, call, held=True), many, along)
+        with torch.no_grad():
+            slopes = [column if q == 2 else column.sign() for column in columns]
+            slopes = [
+                (share * slope.view(-1, *share.shape)).view_as(slope)
+                for share, slope in zip(shares, slopes, strict=True)
+            ]
+        yield columns, slopes
 
 
 def _pusher(layers: list[Tensor], many: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:

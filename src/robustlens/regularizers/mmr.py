@@ -14,14 +14,16 @@ from robustlens.core.modes import evaluating, untouched
 from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Moment, Terms
+from robustlens.linalg.frozen_convolutions import FrozenConvolutions
 from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
 from robustlens.linalg.regions import (
     DUAL,
     Heights,
     gradient_norms,
+    heights_along,
+    norms_by_column,
     observed,
     observed_until,
-    pulled_norms,
     require_relu_regions,
 )
 from robustlens.results.errors import InputError
@@ -32,6 +34,10 @@ COLOUR, LAYERS = "mmr/colour", "mmr/layers"
 
 #: How many rows of the Jacobian cost as much as a colour with all that is pulled along it.
 COLUMN = 1.5
+
+
+#: A part of the penalty's value, and tensors with the slopes (1 where None) that its gradient has by them.
+Part = tuple[Tensor | float, list[Tensor], list[Tensor] | None]
 
 
 class Near(NamedTuple):
@@ -64,15 +70,16 @@ class MMR:
     The network runs in eval mode: no dropout, BatchNorm an affine map. Where max-pooling switches is not counted.
 
     Which boundaries are near is searched without gradient, as ``linalg.regions.gradient_norms`` finds ‖v_j‖ of all
-    units. Only the hinges that are not zero are then differentiated, one row each, as deep as their layer lies; where
-    that takes more passes, those of the layers with small receptive fields a colour at a time instead, however many
-    they are (not for "l1", whose ‖v_j‖_∞ hangs on one column). The result is exact either way. Gradients are summed
-    ``chunk`` images at a time, so that memory does not grow with k_B; the penalty can be differentiated once, and with
-    respect to the weights alone.
+    units. Only the hinges that are not zero are then differentiated, in forward mode, one row each, as deep as their
+    layer lies; where that takes more passes, those of the layers with small receptive fields a colour at a time
+    instead, however many they are (not for "l1", whose ‖v_j‖_∞ hangs on one column). The result is exact either way.
+    Gradients are summed ``chunk`` images at a time, so that memory does not grow with k_B; the penalty can be
+    differentiated once, and with respect to the weights alone.
 
-    Cost a step: 2 forward passes, tangent and input passes by the receptive fields (at most C·H·W tangent ones), and
-    at most k_B + K − 1 weight passes with double backward. ``passes`` counts these for lenet-small on MNIST: twice 100
-    colours of pixels, once 100 with double backward, 110 units and classes that see every pixel, 10 classes.
+    Cost a step: 3 forward passes, tangent and input passes by the receptive fields (at most C·H·W tangent ones), and
+    for each of at most k_B + K − 1 rows, or for each colour, a tangent pass that is differentiated by the weights.
+    ``passes`` counts these for lenet-small on MNIST: twice 100 colours of pixels, 110 units and classes that see every
+    pixel, and 9 classes.
 
     Attributes:
         weight: λ.
@@ -84,7 +91,8 @@ class MMR:
 
     Raises:
         InputError: a negative weight or warmup, a distance ≤ 0, shares outside [0, 1], a chunk below 1; a network
-            that is not piecewise linear, or that bends elsewhere than in nn.ReLU and nn.LeakyReLU modules.
+            that is not piecewise linear, that bends elsewhere than in nn.ReLU and nn.LeakyReLU modules, or that has no
+            derivatives in forward mode.
     """
 
     name: ClassVar[str] = "mmr"
@@ -126,12 +134,22 @@ class MMR:
 
     @property
     def passes(self) -> Passes:
-        return Passes(forward=3, inputs=110, tangent=200, weights=109, double=109)
+        return Passes(forward=3, inputs=119, tangent=209, weights=109)
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         """Refuse a network whose linear regions are not those of its ReLU modules."""
         require_second_derivative(model, x, self.name)
         require_relu_regions(model, x, self.name)
+        try:
+            with evaluating(model):
+                heights_along(lambda z: [model(z)], x, torch.ones_like(x))
+        except RuntimeError as error:
+            raise InputError(
+                f"a network under {self.name}",
+                expected="layers that can be differentiated in forward mode",
+                got=str(error).partition("\n")[0],
+                fix="Write the layer with torch's operations, or give its autograd function a jvp.",
+            ) from error
 
     def penalty(self, model: nn.Module, crafted: Crafted, terms: Terms, *, gen: Generator) -> Tensor:
         if self.weight == 0:
@@ -172,11 +190,12 @@ class MMR:
         weights = [p for p in model.parameters() if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
         with evaluating(model):
-            for part in self._parts(model, crafted, found):
-                for slope, new in zip(slopes, torch.autograd.grad(part, weights, allow_unused=True), strict=True):
+            for part, tensors, by in self._parts(model, crafted, found):
+                news = torch.autograd.grad(tensors, weights, by, allow_unused=True)
+                for slope, new in zip(slopes, news, strict=True):
                     if new is not None:
                         slope += new
-                total = total + part.detach()
+                total = total + part
         # Adds 0, and has the gradient that was summed: no graph outlives its chunk.
         for p, slope in zip(weights, slopes, strict=True):
             total = total + ((p - p.detach()) * slope).sum()
@@ -197,8 +216,8 @@ class MMR:
             memory[COLOUR], memory[LAYERS] = found.colour, torch.tensor(found.layers)
         return _remembered(moment)
 
-    def _parts(self, model: nn.Module, crafted: Crafted, found: list[Near]) -> Iterator[Tensor]:
-        """Scalars that sum to the penalty, and whose gradients sum to its own."""
+    def _parts(self, model: nn.Module, crafted: Crafted, found: list[Near]) -> Iterator[Part]:
+        """What sums to the penalty, and to its gradient."""
         sweep = _remembered(crafted.batch.moment)
         layers = min(sweep.layers, len(found) - 1)  # not the classes
         rows = sum(len(near.unit) for near in found[:layers])
@@ -213,35 +232,48 @@ class MMR:
                 near = Near(example, unit, size, *found[layer][3:])
                 yield self._by_row(model, crafted, layer, near, last=layer == len(found) - 1)
 
-    def _by_row(self, model: nn.Module, crafted: Crafted, layer: int, near: Near, *, last: bool) -> Tensor:
-        """The hinges of ``near``, a row of the Jacobian each, as deep as their ``layer`` lies."""
-        x = crafted.batch.x.detach()[near.example].requires_grad_()
-        heights = (
-            crossings(model, x, crafted.batch.y[near.example])[-1] if last else observed_until(model, x, layer)[-1]
-        )
-        height = heights.gather(1, near.unit[:, None])[:, 0]
-        (rows,) = torch.autograd.grad(height.sum(), x, create_graph=True)
-        distance = (height if last else height.abs()) / rows.flatten(1).norm(DUAL[self.norm], dim=1)
-        return (near.share * F.relu(1 - distance / near.gamma)).sum()
+    def _by_row(self, model: nn.Module, crafted: Crafted, layer: int, near: Near, *, last: bool) -> Part:
+        """The hinges of ``near``, as deep as their ``layer`` lies: ‖v_j‖_q = ⟨n, v_j⟩ is the slope of h_j along n.
 
-    def _by_column(self, model: nn.Module, crafted: Crafted, found: list[Near], sweep: Sweep) -> Iterator[Tensor]:
-        """The hinges of the first layers, ``found``: those of all units at once, pulled at a colour at a time."""
-        x, q, pulls = crafted.batch.x.detach(), DUAL[self.norm], []
+        n is the direction of steepest ascent of h_j within the unit ball of the norm, and is held fixed.
+        """
+        x, y = crafted.batch.x.detach()[near.example], crafted.batch.y[near.example]
+
+        def height(x: Tensor) -> list[Tensor]:
+            heights = crossings(model, x, y)[-1] if last else observed_until(model, x, layer)[-1]
+            return [heights.gather(1, near.unit[:, None])[:, 0]]
+
+        with untouched(model), torch.enable_grad(), FrozenConvolutions():
+            point = x.clone().requires_grad_()
+            (row,) = torch.autograd.grad(height(point)[0].sum(), point)
+        row.requires_grad_()
+        (steepest,) = torch.autograd.grad(row.flatten(1).norm(DUAL[self.norm], dim=1).sum(), row)
+        (value,), (size,) = heights_along(height, x, steepest)
+        distance = (value if last else value.abs()) / size
+        return _scalar((near.share * F.relu(1 - distance / near.gamma)).sum())
+
+    def _by_column(self, model: nn.Module, crafted: Crafted, found: list[Near], sweep: Sweep) -> Iterator[Part]:
+        """The hinges of the first layers, ``found``: those of all units at once, by columns of the Jacobian."""
+        x, q, shares = crafted.batch.x.detach(), DUAL[self.norm], []
         total = x.new_zeros(())
         for near, layer in zip(found, observed_until(model, x, len(found) - 1), strict=True):
             distance = layer[near.example, near.unit].abs() / near.size
             hinge = near.share * F.relu(1 - distance / near.gamma)
             total = total + hinge.sum()
-            # The slope of the hinge by ‖v_j‖, over what pulled_norms has beyond that of the norm.
+            # The slope of the hinge by ‖v_j‖, over that of ‖v_j‖_q^q / q.
             slope = near.share / near.gamma * distance.detach() / near.size**q * (hinge.detach() > 0)
-            pulls.append(torch.zeros_like(layer).index_put((near.example, near.unit), slope))
-        yield total
-        for part in pulled_norms(model, len(found) - 1, x, q, pulls, sweep=sweep, chunk=self.chunk):
-            yield part - part.detach()
+            shares.append(torch.zeros_like(layer).index_put((near.example, near.unit), slope))
+        yield _scalar(total)
+        for columns, slopes in norms_by_column(model, len(found) - 1, x, q, shares, sweep=sweep, chunk=self.chunk):
+            yield 0.0, columns, slopes
 
 
 def _remembered(moment: Moment) -> Sweep:
     return Sweep(moment.memory[COLOUR], int(moment.memory[LAYERS]))
+
+
+def _scalar(part: Tensor) -> Part:
+    return part.detach(), [part], None
 
 
 def _near(within: Tensor, size: Tensor, gamma: float, share: float) -> Near:
