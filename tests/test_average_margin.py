@@ -192,7 +192,7 @@ def test_errors() -> None:
         with pytest.raises(InputError):
             AverageMargin(**{field: math.nan})
     headless = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    with pytest.raises(InputError, match=r"features\(x\) and a linear head"):
+    with pytest.raises(InputError, match=r"head\(features\(x\)\), with a linear head"):
         AverageMargin(exact=True).check(headless, torch.zeros(1, 1, 8, 8))
     AverageMargin().check(headless, torch.zeros(1, 1, 8, 8))
     reg = AverageMargin(exact=True, variant="hinge")

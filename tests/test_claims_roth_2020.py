@@ -171,6 +171,15 @@ def test_a_quantity_of_a_network(name: str) -> None:
         assert (verdict.statistic.low, verdict.statistic.high) == pytest.approx((value - HALF, value + HALF))
 
 
+def test_theorem_1_is_judged_in_the_ball_of_training() -> None:
+    name, quantity = "theorem-1-beyond-the-cell", "cosine, the threat's ball"
+    for kind in ("adversarial", "data"):
+        other = [reading("pga-power-iteration", quantity, 0.99, threat) for threat in ("l2:0.15", "l2:4.0")]
+        there = reading("pga-power-iteration", quantity, 0.5)
+        assert judged(name, runs_of(kind, [*other, there])).judgement == "contradicted"
+        assert BY_NAME[name].judge(runs_of(kind, other)) == []
+
+
 def test_alignment_over_radii() -> None:
     name = "alignment-falls-with-radius"
     for last, wanted in ((0.2, "supported"), (0.8, "contradicted"), (0.5, "undecided")):

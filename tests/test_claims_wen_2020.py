@@ -13,6 +13,7 @@ from robustlens.claims.evidence import name_of
 from robustlens.claims.ledger import Claim
 from robustlens.claims.wen_2020 import CLAIMS
 from robustlens.recipes.recipe import SCALES, Recipe, Scale, find_recipe, recipes
+from robustlens.results.intervals import wilson
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.runs import Run, read_runs
 from robustlens.studies.config import StudyConfig, make_study
@@ -231,14 +232,17 @@ def test_most_layers(before: str) -> None:
     name = f"{before}spread-falls-in-most-layers"
     parts = parts_of(name)
     assert judged(name, layers((4, 4, 4), **parts)) == ["supported"]
-    assert judged(name, layers((2, 2, 2), **parts)) == ["contradicted"]
+    assert judged(name, layers((0, 0, 0), **parts)) == ["contradicted"]
+    assert judged(name, layers((2, 2, 2), **parts)) == ["undecided"], "seeds that agree on 2 layers of 4 are no proof"
     assert judged(name, layers((4, 3, 1), **parts)) == ["undecided"]
     assert judged(name, layers((4,), seeds=(0,), **parts)) == ["undecided"]
     (verdict,) = BY_NAME[name].judge(layers((4, 3, 1), **parts))
     shares, found = np.array([1.0, 0.75, 0.25]), verdict.statistic
     assert found is not None and found.high is not None
     assert (found.value, found.n, found.seeds) == (pytest.approx(shares.mean()), 4, 3)
-    assert found.high - found.value == pytest.approx(T2 * shares.std(ddof=1) / np.sqrt(3), rel=1e-5)
+    over_layers = np.mean([np.ptp(wilson(k, 4)) / 2 for k in (4, 3, 1)])
+    half = np.hypot(T2 * shares.std(ddof=1) / np.sqrt(3), over_layers)
+    assert found.high - found.value == pytest.approx(half, rel=1e-5)
     trained_at = [eps for eps in STRENGTHS if eps > 0]
     sums = [n * (max(trained_at) - min(trained_at)) for n in ((4 + 3 + 1) / 3, (0 + 1 + 3) / 3)]
     assert f"shrink by {sums[0]:.3g} together, the others grow by {sums[1]:.3g} (B.2)" in verdict.says
@@ -263,6 +267,14 @@ def test_clipping_flips_the_error_gap() -> None:
     for name in (flips, turns):
         assert judged(name, error_gaps(0.3, -0.3, norm=3.0)) == []
         assert judged(name, error_gaps(0.3, -0.3)[:9]) == []
+
+
+def test_clipping_with_a_reading_that_is_not_reliable() -> None:
+    runs = error_gaps(0.3, -0.3)
+    (first,) = runs[0].readings
+    runs[0] = replace(runs[0], readings=[replace(first, outcome=Outcome.unreliable("Gradients are masked."))])
+    for name in ("clipping-flips-error-gap", "clipping-turns-error-gap-down"):
+        assert judged(name, error_gaps(0.3, -0.3)) == ["supported"] and judged(name, runs) == ["undecided"]
 
 
 def test_clipping_by_hand() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 from small_evidence import reading, run
 
 from robustlens.claims.ledger import Claim
 from robustlens.claims.yamada_2021 import CLAIMS
+from robustlens.results.reading import Outcome
 from robustlens.results.runs import Run
 
 NAMED: Mapping[str, Claim] = {claim.name.removeprefix("004-"): claim for claim in CLAIMS}
@@ -44,6 +46,14 @@ def test_lines_and_parabolas(top: Callable[[float], float], linear: str) -> None
     assert grows.judgement == "supported"
 
 
+def test_a_reading_that_is_not_reliable_decides_nothing() -> None:
+    runs = eigenvalues(lambda eps: 1 + eps)
+    runs[0] = replace(runs[0], readings=[replace(runs[0].readings[0], outcome=Outcome.unreliable("Why."))])
+    for name in ("eigenvalues-linear", "eigenvalues-grow"):
+        (verdict,) = NAMED[name].judge(runs)
+        assert verdict.judgement == "undecided" and "Why." in verdict.says
+
+
 def test_what_lies_beyond_the_figure_does_not_count_and_three_radii_are_too_few() -> None:
     far = eigenvalues(lambda eps: 1 + eps if eps <= 1 else 100.0, (0, 0.2, 0.5, 1.0, 4.0))
     (verdict,) = NAMED["eigenvalues-linear"].judge(far)
@@ -64,6 +74,9 @@ def test_noise_is_compared_under_noise_at_its_largest_radius(after: float, wante
     (verdict,) = NAMED["noise-does-not-sharpen"].judge(runs)
     assert verdict.judgement == wanted
     assert NAMED["noise-does-not-sharpen"].judge([look("standard", 1.0, attacked), runs[1]]) == []
+    both = [replace(one, readings=[*look("x", 1.0, attacked).readings, *one.readings]) for one in runs]
+    (verdict,) = NAMED["noise-does-not-sharpen"].judge(both)
+    assert verdict.judgement == wanted, "readings under PGD that stand beside them do not count"
 
 
 def test_formula_9_is_held_against_the_exact_hessian() -> None:

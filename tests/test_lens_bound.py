@@ -89,6 +89,22 @@ def test_every_factor_of_a_chain_by_hand() -> None:
     assert 10 ** reading["log10 bound, Bartlett 2017"].value == pytest.approx(truth, rel=1e-6)
 
 
+def test_the_last_layer_is_the_one_that_runs_last() -> None:
+    class Headed(nn.Module):
+        def __init__(self, layers: nn.Sequential) -> None:
+            super().__init__()
+            self.head, self.body = layers[-1], layers[:-1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.body(x))
+            return logits
+
+    a, b = (
+        GeneralizationBound(pieces=5).look(subject(net), gen=gen(0)).quantities for net in (chain(), Headed(chain()))
+    )
+    assert [(q.name, q.value) for q in a] == [(q.name, q.value) for q in b]
+
+
 def test_logarithms_survive_what_numbers_do_not() -> None:
     """k = 4,000 dimensions: (C / ε)^k is 10^5204."""
     reading = GeneralizationBound(dimension=4000.0, constant=2.0).look(subject(chain()), gen=gen())

@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from robustlens.core.types import Split, Splits, Subject
+from robustlens.lenses.local_linearity import LocalLinearity
 from robustlens.lenses.margins import LogitMargins, normalised_margin, skewness
 from robustlens.lenses.oracle import linear_subject
 from robustlens.lenses.shared_bins import histogram
+from robustlens.linalg.layers import linear_head
+from robustlens.regularizers.average_margin import AverageMargin
 from robustlens.results.errors import InputError
+from robustlens.threats.lp import Lp
 
 
 def gen() -> torch.Generator:
@@ -125,3 +129,30 @@ def test_margins_that_differ_by_rounding_alone_have_a_histogram() -> None:
         "test": 20,
         "train": 2,
     }
+
+
+class Between(torch.nn.Module):
+    """Has ``features`` and a linear ``head``, and something between them."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__()
+        inner = [torch.nn.Conv2d(1, 6, 3)] if shape == "image" else [torch.nn.Flatten(), torch.nn.Linear(64, 6)]
+        self.features, self.shape, self.head = torch.nn.Sequential(*inner), shape, torch.nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inside = self.features(x)
+        return self.head(inside.mean((2, 3)) if self.shape == "image" else inside.relu())
+
+
+@pytest.mark.parametrize("shape", ["image", "flat"])
+def test_features_that_the_head_does_not_see_are_none(shape: str, images: torch.Tensor, labels: torch.Tensor) -> None:
+    net, split = Between(shape).eval(), Split(images, labels)
+    assert linear_head(net, images) is None
+    with pytest.raises(InputError, match="head"):
+        AverageMargin(exact=True).check(net, images)
+    asked = Subject(net, Splits("noise", split, split, split, tuple("abcd")), Lp("linf", 0.3))
+    reading = LogitMargins().look(asked, gen=gen())
+    assert reading.outcome.status == "ok" and not any("feature" in q.name for q in reading.quantities)
+    lens = LocalLinearity(n_examples=4, n_norms=2, n_facets=0)
+    reading = lens.look(asked, gen=gen())
+    assert reading.outcome.status == "ok" and not any("features" in q.name for q in reading.quantities)

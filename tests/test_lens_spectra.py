@@ -12,6 +12,7 @@ from torch import nn
 from robustlens.core.types import Split, Splits, Subject
 from robustlens.lenses.spectra import FOLDED, PLAIN, LayerSpectra
 from robustlens.lenses.spread import compare_spreads
+from robustlens.linalg.layers import Skipped, operators
 from robustlens.linalg.spectra import circular_conv_spectrum
 from robustlens.results.errors import InputError
 from robustlens.results.reading import Reading
@@ -110,6 +111,15 @@ def test_folding_changes_only_the_layer_before_the_norm() -> None:
     assert folded[1:] == plain[1:]
     without = LayerSpectra().look(subject(nn.Sequential(nn.Flatten(), nn.Linear(36, 2))), gen=gen())
     assert len(without.panels) == 2 and not any("BatchNorm" in q.name for q in without.quantities)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_norm_after_an_activation_is_folded_into_nothing(inplace: bool) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(inplace=inplace), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 2)
+    ).eval()
+    kinds = [(part.name, isinstance(part, Skipped)) for part in operators(net, torch.rand(1, 1, 6, 6))]
+    assert kinds == [("0", False), ("2", True), ("4", False)]
 
 
 def test_comparing_spreads() -> None:

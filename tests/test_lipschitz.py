@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -151,9 +152,37 @@ class Asks(nn.Module):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
 
+class Around(nn.Module):
+    """A layer, and how it meets what came before."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.meet = nn.Linear(36, 36), meet
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.meet(x, self.layer(x))
+
+
+def _times_ten(x: Tensor, h: Tensor) -> Tensor:
+    h.mul_(10.0)
+    return h
+
+
+def _under_another_name(x: Tensor, h: Tensor) -> Tensor:
+    same = h
+    same += x
+    return h
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
+        (Around(lambda x, h: torch.add(x, h, alpha=10.0)), "alpha"),
+        (Around(lambda x, h: x + torch.add(input=h, other=h)), "input, other"),
+        (Around(lambda x, h: h.add_(x)), "'add_'"),
+        (Around(_times_ten), "'mul_'"),
+        (Around(_under_another_name), "another answer"),
         (Squares(), "'mul'"),
         (Spread(), "'add'"),
         (Asks(), "symbolically"),

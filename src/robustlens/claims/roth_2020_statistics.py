@@ -4,7 +4,7 @@ quantities, one lens at several threats, and networks that differ in the step si
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 
 from robustlens.claims.evidence import (
@@ -15,6 +15,8 @@ from robustlens.claims.evidence import (
     is_plain,
     is_regularized,
     is_trained_against,
+    norm,
+    radius,
     strength,
 )
 from robustlens.claims.statistics import Found, Judge, Z, by_configuration, error_of, line
@@ -50,6 +52,20 @@ def radius_of(run: Run) -> float | None:
     if is_data_dependent(run):
         return float(run.config["regularizers"][0]["eps"])
     return strength(run) or None
+
+
+@dataclass(frozen=True)
+class InItsBall(Ask):
+    """A quantity of a reading under the norm and at the radius that the network was made robust at."""
+
+    def of(self, run: Run) -> Found | None:
+        there = [
+            reading
+            for reading in run.readings
+            if radius(reading) == radius_of(run)
+            if norm(run) in ("", str(reading.settings.get("threat")).partition(":")[0])
+        ]
+        return super().of(replace(run, readings=there))
 
 
 @dataclass(frozen=True)

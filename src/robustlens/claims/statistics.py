@@ -279,7 +279,7 @@ def verdict_of(
     trouble = next((sample.trouble for sample in samples if sample.trouble), "")
     says = f"{text}; {kind} {_shown(statistic)}."
     if trouble:
-        return Verdict("undecided", where, f"{says} A reading behind it is unreliable: {trouble}", statistic)
+        return Verdict("undecided", where, f"{says} A reading behind it is unreliable: {trouble}", statistic, trouble)
     if statistic.low is None:
         says += " One seed and no interval over examples: more seeds decide."
     return Verdict(decide(statistic, region), where, says, statistic)

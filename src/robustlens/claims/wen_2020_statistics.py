@@ -20,7 +20,8 @@ from robustlens.claims.evidence import (
     name_of,
     regularizers,
 )
-from robustlens.claims.statistics import Judge, Sample, at_each_threat, over_seeds, trend
+from robustlens.claims.statistics import Judge, Sample, Z, at_each_threat, over_seeds, trend
+from robustlens.results.intervals import wilson
 from robustlens.results.reading import Reading
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import FALLS, RISES, Judgement, Region, Statistic, Verdict, decide
@@ -137,11 +138,14 @@ def _layers(family: Family) -> Verdict | None:
         return None
     weak, strong = ({seed: _spreads(run) for seed, run in family.by_strength[strengths[k]].items()} for k in (0, -1))
     samples, moves = [], []
+    several = len(set(weak) & set(strong)) > 1
     for seed in sorted(set(weak) & set(strong)):
         layers = sorted(set(weak[seed]) & set(strong[seed]))
         if layers:
             change = np.array([strong[seed][layer] - weak[seed][layer] for layer in layers])
-            samples.append(Sample(float((change < 0).mean()), None, len(layers)))
+            fewer = int((change < 0).sum())
+            low, high = wilson(fewer, len(layers))  # seeds that agree do not make a share of few layers certain
+            samples.append(Sample(fewer / len(layers), (high - low) / (2 * Z) if several else None, len(layers)))
             moves.append((-change[change < 0].sum(), change[change > 0].sum()))
     if not samples:
         return None
@@ -221,6 +225,8 @@ def turns_down(ask: Ask) -> Judge:
         if None not in (a.high, b.high):
             half = hypot((a.high or 0.0) - a.value, (b.high or 0.0) - b.value)
             found = replace(a, value=value, low=value - half, high=value + half)
-        return Verdict(decide(found, RISES), held.where, _says(free, held), found)
+        trouble = free.trouble or held.trouble
+        judgement = "undecided" if trouble else decide(found, RISES)
+        return Verdict(judgement, held.where, _says(free, held), found, trouble)
 
     return lambda runs: [v for pair in _with_and_without(ask, runs) if (v := judged(*pair)) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,9 +18,19 @@ from robustlens.claims.evidence import (
     strength,
 )
 from robustlens.claims.ledger import Claim
-from robustlens.claims.statistics import Judge, Sample, compare, over_seeds, trend, value, within
+from robustlens.claims.statistics import (
+    Found,
+    Judge,
+    Sample,
+    compare,
+    trend,
+    trouble_of,
+    value,
+    verdict_of,
+    within,
+)
 from robustlens.results.runs import Run
-from robustlens.results.verdict import RISES, Region, Verdict, decide
+from robustlens.results.verdict import RISES, Region, Verdict
 
 PAPER = "Yamada et al. 2021, arXiv 2102.02950"
 NEEDS = "PGD training at three radii or more with the lens {lens}, each method with threat = its own radius"
@@ -39,11 +50,11 @@ def bend(ask: Ask, region: Region) -> Judge:
     """
 
     def judged(family: Family) -> Verdict | None:
-        found: dict[float, Mapping[int, float]] = {}
+        found: dict[float, Mapping[int, Found]] = {}
         for eps, runs in family.by_strength.items():
             if eps > max(SHOWN[norm(run)] for run in runs.values()):
                 continue
-            there = {seed: each[0].value for seed, run in runs.items() if (each := ask.of(run)) is not None}
+            there = {seed: each for seed, run in runs.items() if (each := ask.of(run)) is not None}
             if there:
                 found[eps] = there
         if len(found) < 4:
@@ -53,16 +64,13 @@ def bend(ask: Ask, region: Region) -> Judge:
         seeds = set.intersection(*(set(there) for there in found.values()))
         samples = []
         for seed in sorted(seeds):
-            q = np.array([found[eps][seed] for eps in radii])
-            samples.append(Sample(float(np.polyfit(u, q, 2)[0] / (q[-1] - q[0])), None, None))
+            behind = [found[eps][seed] for eps in radii]
+            q = np.array([quantity.value for quantity, _ in behind])
+            samples.append(Sample(float(np.polyfit(u, q, 2)[0] / (q[-1] - q[0])), None, None, trouble_of(behind)))
         if not samples:
             return None
-        statistic = over_seeds(samples)
-        ends = "" if statistic.low is None else f" [{statistic.low:.3g}, {statistic.high:.3g}]"
-        says = (
-            f"Quadratic part of {ask.quantity} over ε = {radii[0]:.3g} … {radii[-1]:.3g}: {statistic.value:.3g}{ends}."
-        )
-        return Verdict(decide(statistic, region), family.where, says, statistic)
+        text = f"Quadratic part of {ask.quantity} over ε = {radii[0]:.3g} … {radii[-1]:.3g}"
+        return verdict_of(samples, region, family.where, text, "", "as a share of its change")
 
     return lambda runs: [verdict for family in families(runs, pgd) if (verdict := judged(family)) is not None]
 
@@ -87,18 +95,14 @@ def noise_beside_standard(ask: Ask, region: Region) -> Judge:
     return judge
 
 
-def under_noise(lens: str, quantity: str) -> Ask:
+@dataclass(frozen=True)
+class UnderNoise(Ask):
     """A quantity of a reading that was taken under uniform noise."""
 
-    def name(run: Run) -> str:
-        noisy = [
-            reading
-            for reading in run.readings
-            if reading.lens == lens and name_of(reading.settings.get("attack used") or "") == "uniform-noise"
-        ]
-        return quantity if noisy else "no reading under noise"
-
-    return Ask(lens, name)
+    def of(self, run: Run) -> Found | None:
+        attacks = [(reading, reading.settings.get("attack used") or "") for reading in run.readings]
+        noisy = [reading for reading, attack in attacks if name_of(attack) == "uniform-noise"]
+        return super().of(replace(run, readings=noisy))
 
 
 def is_logistic(run: Run) -> bool:
@@ -168,7 +172,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="Random noise does not sharpen the landscape as adversarial noise does.",
         measured="Rise at α = ± 0.5 after training on the strongest noise over that of standard training, both under "
         "that noise, on the same images along the same directions; between 0.8 and 1.25.",
-        judge=noise_beside_standard(under_noise("weight-landscape", "rise at ±0.5"), (0.8, 1.25)),
+        judge=noise_beside_standard(UnderNoise("weight-landscape", "rise at ±0.5"), (0.8, 1.25)),
         needs="training on uniform noise and standard training, with weight-landscape under that noise",
     ),
     Claim(

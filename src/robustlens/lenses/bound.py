@@ -316,7 +316,7 @@ def _margins(subject: Subject, split: Split, order: Tensor, size: int) -> Floats
 def _chain(subject: Subject, train: Split) -> tuple[list[Layer], float]:
     """The layers' numbers, and the smallest distance of two rows of the last one."""
     (batch,) = batches(subject, train, torch.tensor([0]), 1)
-    found = operators(subject.model, batch.x)
+    found = operators(subject.model, batch.x, as_called=True)
     used = [operator for operator in found if not isinstance(operator, Skipped)]
     left_out = [operator.name for operator in found if isinstance(operator, Skipped)]
     if left_out:

@@ -23,6 +23,7 @@ from robustlens.lenses.linearity_figures import Measured, reading_of
 from robustlens.lenses.oracle import Oracle, linear_subject
 from robustlens.lenses.passes import batches, count, draw_seed, sample
 from robustlens.linalg.jacobian import Linearization, jvp, krylov_method, residual
+from robustlens.linalg.layers import linear_head
 from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
 from robustlens.linalg.regions import DUAL, bends, gradient_norms, other_pools, require_relu_regions, slopes_along
 from robustlens.results.errors import InputError
@@ -181,9 +182,10 @@ class LocalLinearity:
         self, subject: Subject, attack: Attack, double: nn.Module, order: Tensor, distances: Tensor, gen: Generator
     ) -> Measured:
         """Deviations, linear changes and roundings of all images, and the first kink along each direction."""
-        phi, single = _Outputs(double), _Outputs(_copy_in(subject.model, torch.float32))
-        measured = Measured(attack.threat, distances.numpy(), phi.parts)
         few = next(batches(subject, subject.splits.test, order, 2)).x.double()
+        wide = _width(double, few)
+        phi, single = _Outputs(double, wide), _Outputs(_copy_in(subject.model, torch.float32), wide)
+        measured = Measured(attack.threat, distances.numpy(), phi.parts)
         measured.no_regions, measured.pools = _no_regions(double, few), other_pools(double, few)
         for batch in batches(subject, subject.splits.test, order, self.batch_size):
             x = batch.x.double()
@@ -256,13 +258,11 @@ class LocalLinearity:
 
 
 class _Outputs(nn.Module):
-    """φ: the features of ``model`` where it has them, then the logits, in one row (B, F + K); ``parts`` says where."""
+    """φ: the ``wide`` features of ``model``, if any, then the logits, in one row (B, F + K); ``parts`` says where."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, wide: int) -> None:
         super().__init__()
         self.model = model
-        head = getattr(model, "head", None)
-        wide = head.in_features if isinstance(head, nn.Linear) and hasattr(model, "features") else 0
         self.parts = {"logits": slice(wide, None)} | ({"features": slice(0, wide)} if wide else {})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,6 +276,12 @@ class _Outputs(nn.Module):
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         return {part: rows[:, where] for part, where in self.parts.items()}
+
+
+def _width(model: nn.Module, x: Tensor) -> int:
+    """How many features the logits are linear in; 0 where the model does not show them."""
+    head = linear_head(model, x)
+    return 0 if head is None else head.in_features
 
 
 class _Bowl(nn.Module):
@@ -300,7 +306,7 @@ def _problem(subject: Subject, double: nn.Module, order: Tensor) -> str | None:
     (batch,) = batches(subject, subject.splits.test, order[:1], 1)
     x = batch.x.double()
     try:
-        moved = jvp(_Outputs(double), x, x)
+        moved = jvp(_Outputs(double, _width(double, x)), x, x)
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
         return f"The network must run in float64 and be differentiable twice; it answers: {said}"

@@ -19,7 +19,7 @@ from robustlens.core.types import EITHER_SCALE, Invariance, Subject
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
 from robustlens.lenses.shared_bins import histogram
-from robustlens.linalg.layers import Skipped, operators
+from robustlens.linalg.layers import Skipped, linear_head, operators
 from robustlens.results.intervals import bootstrap_mean, wilson
 from robustlens.results.panels import Floats, Histogram, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
@@ -68,7 +68,7 @@ class LogitMargins:
     def cost(self, subject: Subject) -> Passes:
         """At most, for one example each."""
         splits = subject.splits
-        passes = 1 if _in_feature_space(subject.model) is None else 2
+        passes = 2 if hasattr(subject.model, "features") else 1
         return Passes(forward=passes * (count(splits.train, self.n_examples) + count(splits.test, self.n_examples)))
 
     @classmethod
@@ -93,7 +93,8 @@ class LogitMargins:
         raw: dict[str, Floats] = {}
         free: dict[str, Floats] = {}
         inside: dict[str, Floats] = {}
-        by_features = _in_feature_space(subject.model)
+        few = torch.arange(min(2, len(subject.splits.test)))
+        by_features = _in_feature_space(subject.model, next(batches(subject, subject.splits.test, few, 2)).x)
         for name, split in (("test", subject.splits.test), ("train", subject.splits.train)):
             if len(split) == 0:
                 continue  # a network of somebody else's may come without its training images
@@ -165,10 +166,10 @@ class LogitMargins:
         return found
 
 
-def _in_feature_space(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _in_feature_space(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """x → the products of Φ(x) with the head's rows of norm 1 (B, K); None where there is no Φ or no linear head."""
-    head, features = getattr(model, "head", None), getattr(model, "features", None)
-    if not isinstance(head, nn.Linear) or features is None:
+    head, features = linear_head(model, x), getattr(model, "features", None)
+    if head is None or features is None:
         return None
     rows = F.normalize(head.weight.detach(), dim=1)
     return lambda x: features(x) @ rows.T

@@ -202,17 +202,22 @@ class Skipped:
     why: str
 
 
-def operators(model: nn.Module, x: Tensor) -> list[Operator | Skipped]:
+def operators(model: nn.Module, x: Tensor, *, as_called: bool = False) -> list[Operator | Skipped]:
     """The Linear and Conv2d layers of ``model`` in the order of their definition, and every layer left out.
 
-    ``x`` (1, C, H, W) is sent through once, in eval mode, to learn the image size of every convolution and which
-    BatchNorm takes the output of which layer; a layer that runs several times counts once, as in its first call.
+    With ``as_called`` those that run come first, in the order in which they do. ``x`` (1, C, H, W) is sent through
+    once, in eval mode, to learn the image size of every convolution and which BatchNorm takes the output of which
+    layer; a layer that runs several times counts once, as in its first call.
     """
     notes = _Notes({}, {}, set())
     with untouched(model), _recorded(model, notes), torch.no_grad():
         model(x)
     found: list[Operator | Skipped] = []
-    for name, module in model.named_modules():
+    modules = list(model.named_modules())
+    if as_called:
+        place = {module: number for number, module in enumerate(notes.sizes)}
+        modules.sort(key=lambda named: place.get(named[1], len(place)))
+    for name, module in modules:
         if ".parametrizations" in f".{name}":
             continue
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -229,6 +234,22 @@ def operators(model: nn.Module, x: Tensor) -> list[Operator | Skipped]:
         elif any(p.ndim >= 2 for p in module.parameters(recurse=False)):
             found.append(Skipped(name, type(module).__name__))
     return found
+
+
+def linear_head(model: nn.Module, x: Tensor) -> nn.Linear | None:
+    """``model.head`` where the logits are head(features(x)), by the answers to the images ``x``; else None.
+
+    Two attributes of these names are no promise: an activation or a mean may lie between them.
+    """
+    head, features = getattr(model, "head", None), getattr(model, "features", None)
+    if not isinstance(head, nn.Linear) or not callable(features):
+        return None
+    with untouched(model), torch.no_grad():
+        logits, inside = model(x), features(x)
+        if inside.shape != (len(x), head.in_features):
+            return None
+        error = (head(inside) - logits).norm() if logits.shape == (len(x), head.out_features) else torch.inf
+        return head if error <= 1e-4 * logits.norm() else None
 
 
 def _conv(name: str, module: nn.Conv2d, size: Pair, scale: Tensor | None) -> ConvOperator:
@@ -264,18 +285,19 @@ class _Notes:
 @contextmanager
 def _recorded(model: nn.Module, notes: _Notes) -> Iterator[None]:
     """Fill ``notes`` at the first call of every Linear, Conv2d and BatchNorm."""
-    makers: dict[int, tuple[nn.Module, Tensor]] = {}  # holds on to the outputs: their ids are not given out again
+    # Layer, output and its version by the output's id, which is not given out again while the output is held on to.
+    makers: dict[int, tuple[nn.Module, Tensor, int]] = {}
 
     def layer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if module not in notes.sizes:
             image = isinstance(module, nn.Conv2d) and bool(args)
             notes.sizes[module] = (int(args[0].shape[-2]), int(args[0].shape[-1])) if image else None
-            makers[id(output)] = module, output
+            makers[id(output)] = module, output, output._version
 
     def norm(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, Norm)
         maker = makers.get(id(args[0])) if args else None
-        if maker is None or module.running_var is None:
+        if maker is None or maker[1]._version != maker[2] or module.running_var is None:  # or changed in place since
             notes.loose.add(module)
         else:
             notes.norms.setdefault(maker[0], module)

@@ -43,6 +43,9 @@ CONTRACTIONS = (
 #: The same for functions and methods, by name. ``getitem`` stands for slices, ``mean`` for any set of dimensions.
 CONTRACTING = {"relu", "relu_", "tanh", "sigmoid", "flatten", "reshape", "view", "contiguous", "mean", "neg"}
 
+#: Keywords of functions and methods that say nothing of scale; others, ``alpha`` and ``out`` among them, are not known.
+KEYWORDS = {"dim", "keepdim", "start_dim", "end_dim", "mode", "value", "inplace"}
+
 
 @dataclass(frozen=True)
 class Uncertified:
@@ -79,9 +82,12 @@ def pairwise_constants(model: nn.Module, x: Tensor, p: float) -> Tensor | Uncert
         twin = copy.deepcopy(model).eval()  # tracing may leave constants in it
         graph = fx.Tracer().trace(twin)
         with untouched(twin), torch.no_grad():
-            ShapeProp(fx.GraphModule(twin, graph)).propagate(x)
+            followed = ShapeProp(fx.GraphModule(twin, graph)).propagate(x.clone())
+            alike = torch.allclose(followed, twin(x), rtol=1e-4, atol=1e-6)
     except Exception as error:  # symbols run through the model's own code
         return Uncertified(f"its forward pass cannot be followed symbolically ({type(error).__name__})")
+    if not alike:
+        return Uncertified("its forward pass, followed symbolically, gives another answer")
     try:
         reach, classes = _Walk(twin, graph, x, p).output()
     except _NotKnown as unknown:
@@ -117,13 +123,19 @@ class _Walk:
             return _Reach(1.0)
         if node.op == "get_attr":
             return _attribute(self.model, str(node.target))
-        inside = [part for part in _flat(args) if isinstance(part, _Reach)]
-        if not inside:
+        if not any(isinstance(self.known[n], _Reach) for n in node.all_input_nodes):
             return None
+        written = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        if node.kwargs.keys() - KEYWORDS or any(
+            isinstance(part, fx.Node) for part in _flat(list(node.kwargs.values()))
+        ):
+            raise _NotKnown(f"no constant is known for the keywords {', '.join(node.kwargs)} of {written!r}")
         if node.op == "call_module":
             return self._module(node, args[0])
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        return self._function(node, str(name).strip("_"), args, inside)
+        name = str(written).strip("_")
+        if str(written) == f"{name}_" and name not in CONTRACTING:  # what came before is another tensor afterwards
+            raise _NotKnown(f"no constant is known for the step {written!r}, which changes its input")
+        return self._function(node, name, args, [part for part in _flat(args) if isinstance(part, _Reach)])
 
     def _module(self, node: fx.Node, reach: _Reach) -> _Reach:
         name = str(node.target)
@@ -163,7 +175,7 @@ class _Walk:
         if name == "pad" and len(args) == 2 and node.kwargs.get("mode", "constant") == "constant":
             return _Reach(constants[0])
         alike = all(_shape(n) == _shape(node) for n in node.all_input_nodes if isinstance(self.known[n], _Reach))
-        if name in ("add", "iadd", "sub", "isub") and alike:
+        if name in ("add", "iadd", "sub", "isub") and alike and len(args) == 2:
             return _Reach(sum(constants))
         if name in ("mul", "imul", "truediv", "div", "itruediv") and alike and len(inside) == 1:
             other = args[1] if isinstance(first, _Reach) else first

@@ -12,6 +12,7 @@ from robustlens.core.criterion import logit_margin
 from robustlens.core.modes import still
 from robustlens.core.passes import Passes
 from robustlens.core.types import Crafted, Terms
+from robustlens.linalg.layers import linear_head
 from robustlens.results.errors import InputError
 
 
@@ -76,10 +77,10 @@ class AverageMargin:
         return Passes()
 
     def check(self, model: nn.Module, x: Tensor) -> None:
-        if self.exact and not (hasattr(model, "features") and isinstance(getattr(model, "head", None), nn.Linear)):
+        if self.exact and linear_head(model, x) is None:
             raise InputError(
                 "average-margin exact",
-                expected="a network with features(x) and a linear head",
+                expected="a network whose logits are head(features(x)), with a linear head",
                 got=type(model).__name__,
                 fix="Set exact = false, or give the network both.",
             )

@@ -40,12 +40,14 @@ class Verdict:
         statistic: what was computed; None where it was not run.
         where: data, network and methods it was judged on.
         says: one sentence with the numbers, or what would have to be run.
+        trouble: why a reading behind it is unreliable, if one is.
     """
 
     judgement: Judgement
     where: str
     says: str
     statistic: Statistic | None = None
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
