@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import exp, log, sqrt
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ from robustlens.claims.evidence import (
     strength,
 )
 from robustlens.claims.ledger import Claim, claims, find_claim, ledger
-from robustlens.claims.statistics import Judge, compare, trend, value, within
+from robustlens.claims.statistics import Judge, compare, error_of, trend, value, within
 from robustlens.results.errors import InputError
-from robustlens.results.reading import Outcome, Reading
+from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.results.runs import Run
 from robustlens.results.verdict import FALLS, RISES, Entry, Statistic, Verdict, decide
 
@@ -329,3 +330,8 @@ def test_a_claim_of_the_users_own_is_found_or_refused(monkeypatch: pytest.Monkey
         find_claim("robustlens.claims.yamada_2021:PAPER")
     with pytest.raises(InputError, match="can be imported"):
         find_claim("nowhere.to:BE")
+
+
+@pytest.mark.parametrize(("n", "nature", "error"), [(1, "estimate", None), (2, "estimate", 0.0), (1, "exact", 0.0)])
+def test_one_example_says_nothing_of_its_chance(n: int, nature: Literal["estimate", "exact"], error: object) -> None:
+    assert error_of(Quantity("x", 1.0, "", 1.0, 1.0, n, nature=nature)) == error

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from robustlens.results.errors import InputError
-from robustlens.results.intervals import bootstrap_difference, bootstrap_mean, wilson
+from robustlens.results.intervals import bootstrap_difference, bootstrap_mean, difference_of_shares, wilson
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,16 @@ def test_wilson_at_the_ends() -> None:
     assert high == 1.0 and low == pytest.approx(1 - wilson(0, 7)[1])
     with pytest.raises(InputError, match="expected 0 to 3"):
         wilson(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("a", "m", "b", "n", "low", "high"),
+    # Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10, columns (a), (b), (d) and (e).
+    [(48, 80, 56, 70, 0.0524, 0.3339), (3, 10, 9, 10, 0.1705, 0.8090), (0, 29, 5, 56, -0.0381, 0.1926),
+     (0, 20, 0, 10, -0.1611, 0.2775)],
+)  # fmt: skip
+def test_difference_of_shares_as_published(a: int, m: int, b: int, n: int, low: float, high: float) -> None:
+    assert difference_of_shares(a, m, b, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_bootstrap_of_equal_values_has_no_width() -> None:

@@ -16,6 +16,7 @@ from robustlens.attacks.pgd import PGD
 from robustlens.core.types import Subject
 from robustlens.lenses.gap import GeneralisationGap
 from robustlens.lenses.oracle import two_sided_subject
+from robustlens.results.intervals import wilson
 from robustlens.threats.lp import Lp
 
 
@@ -44,6 +45,14 @@ def test_levels_gaps_and_their_signs() -> None:
     assert reading["loss gap"].low <= reading["loss gap"].value <= reading["loss gap"].high
     assert reading.headline == ("loss gap", "error gap")
     assert "threat" not in reading.settings and "50.0 points higher" in reading.says
+
+
+def test_no_error_at_all_leaves_an_interval() -> None:
+    subject = two_sided_subject(train_shifts=[0.2] * 30, test_shifts=[0.2] * 20)
+    reading = GeneralisationGap(robust=False).look(subject, gen=gen())
+    ends = [(reading[name].low, reading[name].high) for name in ("error, test", "error gap")]
+    assert ends[0] == (0.0, pytest.approx(0.1611, abs=5e-5)) and ends[1][0] == pytest.approx(-wilson(0, 30)[1])
+    assert ends[1][1] == ends[0][1]
 
 
 def test_each_split_gives_what_is_asked_for_or_all_that_it_has() -> None:

@@ -295,7 +295,8 @@ def _shown(statistic: Statistic) -> str:
 
 
 def error_of(quantity: Quantity) -> float | None:
-    if quantity.low is None or quantity.high is None:
+    alone = quantity.n is not None and quantity.n < 2  # one example says nothing of its chance
+    if quantity.low is None or quantity.high is None or alone:
         return 0.0 if quantity.nature == "exact" else None
     return (quantity.high - quantity.low) / (2 * Z)
 

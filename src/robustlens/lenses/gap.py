@@ -20,7 +20,7 @@ from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subje
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.overfitting import overfitting
 from robustlens.lenses.passes import batches, count, draw_seed, logits, sample
-from robustlens.results.intervals import bootstrap_difference, bootstrap_mean
+from robustlens.results.intervals import bootstrap_difference, bootstrap_mean, difference_of_shares, wilson
 from robustlens.results.panels import Floats, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 from robustlens.threats.lp import Lp
@@ -121,12 +121,17 @@ class GeneralisationGap:
         for measure in measured["train"]:
             a, b = measured["train"][measure], measured["test"][measure]
             gap = float(b.mean() - a.mean())
-            low, high = bootstrap_difference(a, b, seed=seed)
+            shares = measure.endswith("error")
+            low, high = (
+                difference_of_shares(int(a.sum()), len(a), int(b.sum()), len(b))
+                if shares
+                else bootstrap_difference(a, b, seed=seed)
+            )
             unit = "nats" if measure.endswith("loss") else "fraction"
             gaps.append(Quantity(f"{measure} gap", gap, unit, low, high, min(len(a), len(b))))
             rows.append((measure, float(a.mean()), float(b.mean()), gap, low, high))
             for split, values in (("train", a), ("test", b)):
-                low, high = bootstrap_mean(values, seed=seed)
+                low, high = wilson(int(values.sum()), len(values)) if shares else bootstrap_mean(values, seed=seed)
                 levels.append(Quantity(f"{measure}, {split}", float(values.mean()), unit, low, high, len(values)))
         return Reading(
             lens=self.name,

@@ -18,7 +18,7 @@ from robustlens.core.discovery import describe
 from robustlens.core.passes import Passes
 from robustlens.core.rng import generator
 from robustlens.core.types import WEIGHT_SCALE, Attack, Invariance, Split, Subject
-from robustlens.lenses.curve_shape import fitted, resampled, widths
+from robustlens.lenses.curve_shape import fitted, half_width, resampled, widths
 from robustlens.lenses.displaced import Displaced, Statistics
 from robustlens.lenses.oracle import Oracle, two_sided_subject
 from robustlens.lenses.passes import count, draw_seed, require_split, sample
@@ -234,26 +234,29 @@ class WeightLandscape:
         n, grid = found.robust.shape[2], found.grid
         zero = len(grid) // 2
 
-        def measured(name: str, of: _Curves, statistic: Callable[[Floats], float], unit: str = "nats") -> Quantity:
-            value = statistic(of.mean)
-            error = float(np.std([statistic(curves) for curves in of.resampled], ddof=1))
-            return Quantity(name, value, unit, value - 1.96 * error, value + 1.96 * error, n)
+        def measured(name: str, of: _Curves, statistic: Callable[[Floats], Floats], unit: str = "nats") -> Quantity:
+            values = statistic(of.mean)
+            half = float(half_width(values, np.array([statistic(curves) for curves in of.resampled])))
+            value = float(values.mean())
+            return Quantity(name, value, unit, value - half, value + half, n)
 
-        def start(curves: Floats) -> float:
-            return float(curves[0, zero])
+        # Each of these is (directions,) for curves (directions, α).
 
-        def curvature(curves: Floats) -> float:
+        def start(curves: Floats) -> Floats:
+            return np.asarray(curves[:, zero])
+
+        def curvature(curves: Floats) -> Floats:
             near = np.abs(grid) <= self.fit_within
-            return float(fitted(grid[near], curves[:, near])[1].mean())
+            return fitted(grid[near], curves[:, near])[1]
 
-        def rise(alpha: float, curves: Floats) -> float:
-            return float((curves[:, np.abs(grid) == alpha] - curves[:, [zero]]).mean())
+        def rise(alpha: float, curves: Floats) -> Floats:
+            return np.asarray((curves[:, np.abs(grid) == alpha] - curves[:, [zero]]).mean(1))
 
-        def width(curves: Floats) -> float:
-            return float(widths(grid, curves)[0].mean())
+        def width(curves: Floats) -> Floats:
+            return widths(grid, curves)[0]
 
-        def mean(curves: Floats) -> float:
-            return float(curves.mean())
+        def mean(curves: Floats) -> Floats:
+            return np.asarray(curves.mean(1))
 
         robust, clean, flat, worst = (
             _Curves(losses.mean(2), resampled(losses, seed))
@@ -278,7 +281,7 @@ class WeightLandscape:
             middle = values.mean((0, 2))
             if not band:
                 return Series(name, found.grid, middle)
-            spread = 1.96 * np.std([curves.mean(0) for curves in resampled(values, seed)], axis=0, ddof=1)
+            spread = half_width(values.mean(2), np.array(resampled(values, seed)))
             return Series(name, found.grid, middle, middle - spread, middle + spread)
 
         lines = (
@@ -333,7 +336,7 @@ def _outcome(blind: float) -> Outcome:
 
 
 class _Curves(NamedTuple):
-    """Mean curves (directions, α), and what they are for resampled examples and directions."""
+    """Mean curves (directions, α), and what they are for resampled examples."""
 
     mean: Floats
     resampled: list[Floats]
