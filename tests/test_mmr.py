@@ -117,6 +117,21 @@ def test_value_and_gradient_against_dense_matrices(
         assert b is None or bool(a.any())
 
 
+@pytest.mark.parametrize("column", [0.0, float("inf")], ids=["by column", "by row"])
+def test_layers_that_do_not_learn(
+    column: float, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustlens.regularizers.mmr.COLUMN", column)
+    mmr, found = MMR(gamma_b=0.5, first=0.5, last=0.5, chunk=50), []
+    for frozen in (False, True):
+        net = convolutional()
+        net[0].requires_grad_(not frozen)
+        net[1].requires_grad_(not frozen)
+        penalty = mmr.penalty(net, *step(net, images, labels), gen=gen())
+        found.append([penalty, *torch.autograd.grad(penalty, list(net[4:].parameters()))])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(*found, strict=True))
+
+
 def test_decision_distance_of_a_linear_model_is_the_exact_signed_one(images: Tensor, labels: Tensor) -> None:
     net = mlp()
     with torch.no_grad():  # every unit is on, and its boundary far away

@@ -240,8 +240,8 @@ def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: 
 
 def norms_by_column(
     model: nn.Module, call: int, x: Tensor, q: float, shares: list[Tensor], *, sweep: Sweep, chunk: int
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Parts of Σ_j p_j ‖∇h_j‖_q^q / q, q in {1, 2}: tensors, and its slopes by them.
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Parts of Σ_j p_j ‖∇h_j‖_q^q / q, q in {1, 2}: tensors, and the slopes of the sum by them.
 
     h_j are the inputs of the ReLU calls 0 … ``call``, ``shares`` (B, units) a layer their p_j. The tensors, which can
     be differentiated by the weights, are columns of J along some colours, as in ``gradient_norms``: a pass serves all
@@ -253,11 +253,8 @@ def norms_by_column(
         _, columns = heights_along(lambda z: observed_until(model, z, call, held=True), many, along)
         with torch.no_grad():
             slopes = [column if q == 2 else column.sign() for column in columns]
-            slopes = [
-                (share * slope.view(-1, *share.shape)).view_as(slope)
-                for share, slope in zip(shares, slopes, strict=True)
-            ]
-        yield columns, slopes
+            slopes = [(p * s.view(-1, *p.shape)).view_as(s) for p, s in zip(shares, slopes, strict=True)]
+        yield list(zip(columns, slopes, strict=True))
 
 
 def _pusher(layers: list[Tensor], many: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:

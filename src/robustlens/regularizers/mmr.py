@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -36,8 +36,8 @@ COLOUR, LAYERS = "mmr/colour", "mmr/layers"
 COLUMN = 1.5
 
 
-#: A part of the penalty's value, and tensors with the slopes (1 where None) that its gradient has by them.
-Part = tuple[Tensor | float, list[Tensor], list[Tensor] | None]
+#: A part of the penalty's value, and tensors with the slopes (None for 1) that the penalty has by them.
+Part = tuple[Tensor | float, Iterable[tuple[Tensor, Tensor | None]]]
 
 
 class Near(NamedTuple):
@@ -190,9 +190,11 @@ class MMR:
         weights = [p for p in model.parameters() if p.requires_grad]
         slopes = [torch.zeros_like(p) for p in weights]
         with evaluating(model):
-            for part, tensors, by in self._parts(model, crafted, found):
-                news = torch.autograd.grad(tensors, weights, by, allow_unused=True)
-                for slope, new in zip(slopes, news, strict=True):
+            for part, behind in self._parts(model, crafted, found):
+                learning = [(tensor, by) for tensor, by in behind if tensor.requires_grad]
+                tensors, bys = [tensor for tensor, _ in learning], [by for _, by in learning]
+                news = torch.autograd.grad(tensors, weights, bys, allow_unused=True) if learning else []
+                for slope, new in zip(slopes, news, strict=False):
                     if new is not None:
                         slope += new
                 total = total + part
@@ -264,8 +266,8 @@ class MMR:
             slope = near.share / near.gamma * distance.detach() / near.size**q * (hinge.detach() > 0)
             shares.append(torch.zeros_like(layer).index_put((near.example, near.unit), slope))
         yield _scalar(total)
-        for columns, slopes in norms_by_column(model, len(found) - 1, x, q, shares, sweep=sweep, chunk=self.chunk):
-            yield 0.0, columns, slopes
+        for behind in norms_by_column(model, len(found) - 1, x, q, shares, sweep=sweep, chunk=self.chunk):
+            yield 0.0, behind
 
 
 def _remembered(moment: Moment) -> Sweep:
@@ -273,7 +275,7 @@ def _remembered(moment: Moment) -> Sweep:
 
 
 def _scalar(part: Tensor) -> Part:
-    return part.detach(), [part], None
+    return part.detach(), [(part, None)]
 
 
 def _near(within: Tensor, size: Tensor, gamma: float, share: float) -> Near:
