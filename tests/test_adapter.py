@@ -75,7 +75,11 @@ def mine(tmp_path, monkeypatch):
         "def needs(classes): return plain(classes)\n"
         "def dictionary(): return {}\n"
         "number = 3\n"
+        "def leaves(): raise SystemExit(0)\n"
+        "def lacks(): return {}['conv']\n"
     )
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "needy.py").write_text("import nowhere_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "test_adapter", sys.modules[__name__])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
@@ -134,7 +138,13 @@ def test_weights_are_loaded_before_the_constants(mine, tmp_path):
         ("mine", "expected pkg.module:attribute"),
         ("mine:number", "mine:number: expected a torch.nn.Module.*, got int"),
         ("mine:needs", "got TypeError: needs.. missing 1 required positional argument"),
+        ("mine:needs", "Write a function that fills in the arguments"),
         ("mine:dictionary", "got dict. Return the network"),
+        ("mine:leaves", r"got SystemExit: 0. It is raised at .*mine.py:9"),
+        ("mine:lacks", r"got KeyError: 'conv'. It is raised at .*mine.py:10"),
+        ("script:net", r"got SystemExit: 0. Put what runs at .*script.py:2 under if __name__"),
+        ("needy:net", r"No module named 'nowhere_at_all'. It is raised at .*needy.py:1"),
+        ("nowhere_at_all.deep:net", "Check the spelling"),
     ],
 )
 def test_sources_that_do_not_make_a_network(mine, source, words):

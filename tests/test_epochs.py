@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,9 @@ def test_pictures_stand_below_each_other_and_doubts_are_kept() -> None:
     assert gallery.images[:, 0, 0, 0, 0].tolist() == [1, 2]
     assert over.outcome == Outcome.unreliable("after epoch 5: gradients vanish")
     assert over.says == "Over epochs 1, 5: distance 1 → 2."
+    nothing = [(epoch, Reading("seen", "Nothing.", Outcome.failed("no answer"))) for epoch in (1, 5)]
+    failed = side_by_side(schedule({"name": "logit-margins", "when": "epochs:1,5"}), nothing).outcome
+    assert failed == Outcome.failed("after epoch 1: no answer after epoch 5: no answer")
 
 
 def test_what_many_epochs_say_is_short_and_in_the_units_of_the_page() -> None:
@@ -154,6 +159,32 @@ def test_what_many_epochs_say_is_short_and_in_the_units_of_the_page() -> None:
 def test_refuses_other_moments(when: Any) -> None:
     with pytest.raises(InputError, match="epochs from 1 on"):
         schedule({"name": "logit-margins", "when": when})
+
+
+@pytest.mark.parametrize("n", [0, -5])
+@pytest.mark.parametrize("lens", ["accuracy", "health", "hessian"])
+def test_refuses_to_look_at_no_example(lens: str, n: int) -> None:
+    with pytest.raises(InputError, match=f"{lens} n_examples: expected at least 1, got {n}"):
+        schedule({"name": lens, "n_examples": n})
+
+
+def test_code_that_changed_under_a_finished_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self):\n        super().__init__("
+    code += "nn.Flatten(), nn.Linear(64, 10))\n    def forward(self, x):\n        return super().forward({})\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    asked = study(["logit-margins"], epochs=1).model_copy(
+        update={"model": {"name": "external", "source": "net_of_mine:Net"}}
+    )
+    for change, refused in (("x", False), ("x", False), ("1 - x", True)):
+        (tmp_path / "net_of_mine.py").write_text(code.format(change))
+        monkeypatch.delitem(sys.modules, "net_of_mine", raising=False)
+        importlib.invalidate_caches()
+        if refused:
+            with pytest.raises(InputError, match="its code has changed"):
+                run_study(asked, tmp_path / "runs")
+        else:
+            run_study(asked, tmp_path / "runs")
 
 
 def test_refuses_epochs_that_no_run_has() -> None:

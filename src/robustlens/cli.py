@@ -6,6 +6,7 @@ import sys
 import warnings
 from enum import StrEnum
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -364,6 +365,9 @@ def _say_page(path: Path | str) -> None:
 def main() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
     sys.path.insert(0, "")  # as `python -m` does: mypkg.net:build is looked for in the working directory first
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ε or ⚠ shows a question mark
     try:
         with heeded(), warnings.catch_warnings():
             warnings.showwarning = say_warning

@@ -134,11 +134,12 @@ def table(console: Console, runs: Sequence[RunDirectory]) -> None:
         for number, column in enumerate(summary.columns):
             shown.add_row(escape(column.title), *(escape(plain(row.cells[number])) for row in group))
         console.print(shown)
+    said = {"failed": "{} was not measured: {}", "unreliable": "{} is unreliable: {}"}
     failed = {
-        (run.method, f"{reading.lens} was not measured: {reading.outcome.why}"): None
+        (run.method, said[reading.outcome.status].format(reading.lens, reading.outcome.why)): None
         for run in loaded
         for reading in run.readings
-        if reading.outcome.status == "failed"
+        if reading.outcome.status == "failed" or (reading.outcome.status == "unreliable" and not reading.headline)
     }
     reasons = {(row.method, c.why): None for row in summary.rows for c in row.cells if c.status in DOUBTFUL}
     for method, why in reasons | failed:

@@ -11,10 +11,12 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -80,15 +82,29 @@ def find(kind: str, name: str) -> type:
 def load_attribute(path: str) -> Any:
     """The object that ``pkg.module:attribute`` names; raises InputError if it cannot be imported."""
     module, _, attribute = path.partition(":")
+    fix = "Check the spelling, and that its directory is on PYTHONPATH."
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        named = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if isinstance(error, SystemExit):
+            fix = f'Put what runs at {raised_at(error)} under if __name__ == "__main__".'
+        elif not named and raised_at(error):
+            fix = f"It is raised at {raised_at(error)}."
         raise InputError(
             path,
             expected="pkg.module:attribute that can be imported",
             got=f"{type(error).__name__}: {error}",
-            fix="Check the spelling, and that its directory is on PYTHONPATH.",
+            fix=fix,
         ) from error
+
+
+def raised_at(error: BaseException) -> str:
+    """File and line of the user's code that raised ``error``; "" where none of it did."""
+    foreign = (str(Path(__file__).parents[1]), str(importlib.__file__), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(foreign)]
+    theirs = [f for f in frames if "site-packages" not in f.filename]
+    return f"{theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
 
 
 def build(kind: str, settings: Mapping[str, Any] | str) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
-from robustlens.core.discovery import load_attribute
+from robustlens.core.discovery import load_attribute, raised_at
 from robustlens.core.modes import untouched
 from robustlens.models.classifier import check_request
 from robustlens.models.normalize import Normalized
@@ -114,10 +114,10 @@ def _made(source: str) -> nn.Module:
         raise InputError(source, expected=expected, got=type(found).__name__, fix="Name the function or the module.")
     try:
         model = found()
-    except Exception as error:
-        raise InputError(
-            source, expected=expected, got=_line(error), fix="Write a function that fills in the arguments."
-        ) from error
+    except (Exception, SystemExit) as error:
+        at = raised_at(error)
+        fix = f"It is raised at {at}." if at else "Write a function that fills in the arguments."
+        raise InputError(source, expected=expected, got=_line(error), fix=fix) from error
     if not isinstance(model, nn.Module):
         raise InputError(source, expected=expected, got=type(model).__name__, fix="Return the network itself.")
     return model
@@ -351,7 +351,7 @@ def _probabilities(got: str, layer: str) -> InputError:
     )
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -156,11 +156,12 @@ def compared(printed: Printed, runs: Sequence[Run]) -> Beside:
     if not found:
         return Beside(printed.row, printed.column, printed.value, printed.tolerance, None, "not run")
     samples = [linear([1.0], [each]) for each in found]
-    if printed.same_images:
+    same_images = printed.same_images and len(found) > 1  # one network says nothing of another
+    if same_images:
         samples = [replace(sample, error=0.0) for sample in samples]
     quantity = found[0][0]
     ours = over_seeds(samples, quantity.unit)
-    if len(found) == 1 and quantity.low is not None and not printed.same_images:
+    if len(found) == 1 and quantity.low is not None and not same_images:
         ours = replace(ours, low=quantity.low, high=quantity.high)  # Wilson's does not leave [0, 1]
     trouble = next((sample.trouble for sample in samples if sample.trouble), "")
     region = (printed.value - printed.tolerance, printed.value + printed.tolerance)

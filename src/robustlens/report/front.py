@@ -55,10 +55,14 @@ def beside(rows: Sequence[Beside], what: str) -> Front:
             ends = "" if ours.low is None else f" [{_exact(ours.low, percent)}, {_exact(ours.high or 0.0, percent)}]"
             mine, difference = f"{_exact(ours.value, percent)}{ends}", _exact(ours.value - row.paper, percent)
         on = "; ".join(filter(None, (evidence(ours), row.where)))
-        cells.append((row.row, row.column, paper, mine, difference, on, row.verdict))
+        verdict = f"{row.verdict} ⚠" if row.trouble else row.verdict
+        cells.append((row.row, row.column, paper, mine, difference, on, verdict))
         details.append(f"Within {allowed} of the paper's number it agrees. {row.trouble}".strip())
     header = ("row", "column", "paper", "ours", "difference", "seeds, examples; on", "verdict")
-    return Front("The paper beside ours", f"{what}. Brackets: 95 % intervals.", header, tuple(cells), tuple(details))
+    note = f"{what}. Brackets: 95 % intervals."
+    if any(row.trouble for row in rows):
+        note += " ⚠: a reading behind our number is unreliable."
+    return Front("The paper beside ours", note, header, tuple(cells), tuple(details))
 
 
 def attacked(runs: Sequence[Run]) -> Front | None:

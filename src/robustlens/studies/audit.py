@@ -29,6 +29,7 @@ from robustlens.results.errors import InputError, unknown_name
 from robustlens.results.store import RunDirectory, digest, write_atomically
 from robustlens.studies.config import Plugin, validated
 from robustlens.studies.depth import Depth, expected_seconds, lenses_at
+from robustlens.studies.epochs import schedule
 from robustlens.studies.examine import examine, held, require_radii, takes_part
 from robustlens.studies.plan import run_directory
 from robustlens.studies.robustbench import robustbench_record
@@ -74,7 +75,7 @@ def audit(
         InputError: images outside [0, 1], a model of other shape than the data, an unknown lens, …
     """
     watch = watch or SilentStudy()
-    chosen = lenses_at(depth) if lenses is None else tuple(discovery.build("lens", lens) for lens in lenses)
+    chosen = lenses_at(depth) if lenses is None else tuple(schedule(lens).lens for lens in lenses)
     chosen = (*chosen, *([StandardAccuracy()] if standard else []))
     model = as_module(model)
     subject = _subject(model, data, threat, device)

@@ -12,7 +12,7 @@ import numpy as np
 from robustlens.core import discovery
 from robustlens.core.types import Followed, Lens
 from robustlens.report.numbers import number
-from robustlens.results.errors import InputError
+from robustlens.results.errors import InputError, require_at_least
 from robustlens.results.panels import Curve, Gallery, Panel, Series, Table
 from robustlens.results.reading import Outcome, Quantity, Reading
 
@@ -41,6 +41,8 @@ def schedule(choice: str | Mapping[str, Any]) -> Scheduled:
     settings = {"name": choice} if isinstance(choice, str) else dict(choice)
     when = settings.pop("when", "end")
     lens: Lens = discovery.build("lens", settings)
+    if hasattr(lens, "n_examples"):
+        require_at_least(lens, n_examples=1)
     if when == "end":
         return Scheduled(lens)
     fits = isinstance(when, str) and WHEN.fullmatch(when)
@@ -66,10 +68,12 @@ def side_by_side(scheduled: Scheduled, found: Sequence[tuple[int, Reading]]) -> 
     troubled = [f"after epoch {e}: {r.outcome.why}" for e, r in found if r.outcome.status != "ok"]
     together = scheduled.lens.follow(found) if isinstance(scheduled.lens, Followed) else None
     together = together or Reading(scheduled.lens.name, "")
+    nothing = all(reading.outcome.status == "failed" for _, reading in found)
+    doubt = Outcome.failed if nothing else Outcome.unreliable
     return Reading(
         lens=scheduled.name,
         says=f"Over {epochs}: {'; '.join(spans) or 'nothing was measured'}. {together.says}".rstrip(),
-        outcome=Outcome.unreliable(" ".join(troubled)) if troubled else Outcome(),
+        outcome=doubt(" ".join(troubled)) if troubled else Outcome(),
         quantities=(
             *together.quantities,
             *(

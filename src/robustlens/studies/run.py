@@ -277,7 +277,29 @@ def trained(
         (directory.path / state).unlink(missing_ok=True)
     watch.done(run.label, "training", already=finished)
     load_weights(model, directory.path / f"{plan.study.weights}.safetensors")
-    return model.eval()
+    model.eval()
+    if ":" in str(run.settings["model"]):  # the user's code: it can change while its name and weights stay
+        _require_same_code(model, splits, directory, plan.study.weights)
+    return model
+
+
+def _require_same_code(model: nn.Module, splits: Splits, directory: RunDirectory, weights: str) -> None:
+    """Refuse a network that answers a few images otherwise than when it was trained into ``directory``."""
+    x = splits.test.batch(torch.arange(min(4, len(splits.test)))).x
+    with torch.no_grad():
+        answers, again = model(x), model(x)
+    record = directory.read_json("run.json")
+    known = record.get("answers", {})
+    if weights not in known:
+        if joined().leads and torch.equal(answers, again):
+            directory.write_json("run.json", {**record, "answers": {**known, weights: answers.tolist()}})
+    elif not torch.allclose(answers, answers.new_tensor(known[weights]), rtol=1e-3, atol=1e-3 * float(answers.std())):
+        raise InputError(
+            f"run directory {directory.path}",
+            expected="the network that was trained there",
+            got="other answers to the same images, with the same weights: its code has changed",
+            fix="Choose another directory with --out.",
+        )
 
 
 def _data_of(record: Any, directory: RunDirectory) -> Any:
