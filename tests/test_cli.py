@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -396,14 +395,3 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: runs in ") and done.stderr.count("\n") == 1
-
-
-def test_a_terminal_without_our_letters() -> None:
-    """What it cannot show becomes a question mark."""
-    done = subprocess.run(
-        [sys.executable, "-m", "robustlens", "list", "attack"],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        check=True,
-    )
-    assert b"apgd" in done.stdout and b"?" in done.stdout and not done.stderr

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -38,3 +41,14 @@ def test_the_nearest_name_may_have_been_begun_only() -> None:
         ("helth", "health"),
     ):
         assert str(unknown_name("recipe", name, known)).endswith(f"Did you mean {nearest!r}?")
+
+
+def test_a_terminal_without_our_letters() -> None:
+    """What it cannot show becomes a question mark."""
+    done = subprocess.run(
+        [sys.executable, "-m", "robustlens", "list", "attack"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"apgd" in done.stdout and b"?" in done.stdout and not done.stderr
