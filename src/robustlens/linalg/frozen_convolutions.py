@@ -22,8 +22,8 @@ class FrozenConvolutions(TorchFunctionMode):
     derivative by the weights, frozen or not, which made Jv three times as dear. Where an output looks at few numbers
     (3 × 3 pixels in three colours, 5 × 5 in gray) a CPU is quicker with one matrix product and overlapping sums: up
     to five times on the first layers of LeNetSmall and a CNN for MNIST, level or up to twice on that of a ResNet.
-    Where the kernel is a multiple of the stride, a CPU makes the pixels of each phase by themselves (LeNetSmall's
-    backward pass takes a fifth less). Inside ``torch.func`` transforms everything stays as it is.
+    Where the kernel is a multiple of the stride, a CPU makes the pixels of each phase by themselves. Inside
+    ``torch.func`` transforms everything stays as it is.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
