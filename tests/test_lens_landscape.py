@@ -18,7 +18,7 @@ from robustlens.attacks.verify import craft
 from robustlens.core.criterion import logit_margin
 from robustlens.core.rng import generator
 from robustlens.core.types import Split, Splits, Subject
-from robustlens.lenses.curve_shape import fitted, half_width, resampled, widths
+from robustlens.lenses.curve_shape import fitted, widths
 from robustlens.lenses.displaced import Displaced
 from robustlens.lenses.landscape import WeightLandscape
 from robustlens.lenses.passes import draw_seed
@@ -296,18 +296,6 @@ def test_draws_fill_the_ball_and_projections_end_in_it() -> None:
     assert float(far.norm()) == pytest.approx(0.1 * float(weights["a"].norm())) and len(far.unique()) == 1
     near = {"a": 1e-3 * weights["a"]}
     assert torch.equal(into_relative_ball(near, weights, 0.1)["a"], near["a"])
-
-
-@pytest.mark.parametrize("directions", [2, 3, 10])
-def test_the_interval_covers_few_directions_as_well(directions: int) -> None:
-    """Chance of directions 1, of examples 2 over √100 of them; 400 intervals, of which 95 % hold the truth."""
-    rng, held = np.random.default_rng(directions), 0
-    for seed in range(400):
-        losses = rng.normal(0, 1, (directions, 1, 1)) + rng.normal(0, 2, (1, 1, 100))
-        means = losses.mean(2)[:, 0]
-        again = np.array(resampled(losses, seed))[:, :, 0]
-        held += abs(means.mean()) <= half_width(means, again)
-    assert 0.925 <= held / 400 <= 0.99
 
 
 def test_parabolas_and_widths_by_hand() -> None:
