@@ -20,13 +20,14 @@ class Ask:
 
     ``settings`` are those that the reading must have, such as ``{"split": "train"}``. Among several readings that fit,
     the one over most examples counts. ``own`` asks for one under the threat that the run was trained against (radius 0
-    for standard training).
+    for standard training). ``where`` says of a run and one of its readings whether the reading counts.
     """
 
     lens: str
     quantity: str | Callable[[Run], str]
     settings: Mapping[str, Any] = field(default_factory=dict)
     own: bool = False
+    where: Callable[[Run, Reading], bool] | None = None
 
     def of(self, run: Run) -> tuple[Quantity, Reading] | None:
         """The quantity and the reading it stands in; None where the run has none."""
@@ -37,6 +38,7 @@ class Ask:
             if reading.lens == self.lens and reading.outcome.status != "failed"
             if all(reading.settings.get(key) == value for key, value in self.settings.items())
             if not self.own or radius(reading) == strength(run)
+            if self.where is None or self.where(run, reading)
             for quantity in reading.quantities
             if quantity.name == name
         ]

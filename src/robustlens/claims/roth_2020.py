@@ -15,9 +15,9 @@ from math import inf
 from robustlens.claims.evidence import Ask, Part, is_standard
 from robustlens.claims.ledger import Claim, of_paper
 from robustlens.claims.roth_2020_statistics import (
-    InItsBall,
     Quotient,
     at_each_radius,
+    in_its_ball,
     is_adversarial,
     is_data_dependent,
     is_global,
@@ -318,7 +318,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Cosine of the attack's direction with the power method's in the ball that the network was made robust in: "
         "above 0.8, for adversarial training and data-dependent SNR.",
         value(
-            InItsBall("pga-power-iteration", "cosine, the threat's ball"),
+            Ask("pga-power-iteration", "cosine, the threat's ball", where=in_its_ball),
             (0.8, inf),
             member=lambda run: is_adversarial(run) or is_data_dependent(run),
         ),

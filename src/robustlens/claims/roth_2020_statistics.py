@@ -4,7 +4,7 @@ quantities, one lens at several threats, and networks that differ in the step si
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import hypot
 
 from robustlens.claims.evidence import (
@@ -20,7 +20,7 @@ from robustlens.claims.evidence import (
     strength,
 )
 from robustlens.claims.statistics import Found, Judge, Z, by_configuration, error_of, line
-from robustlens.results.reading import Quantity
+from robustlens.results.reading import Quantity, Reading
 from robustlens.results.runs import Run, seedless
 from robustlens.results.verdict import Region, Verdict
 
@@ -54,18 +54,10 @@ def radius_of(run: Run) -> float | None:
     return strength(run) or None
 
 
-@dataclass(frozen=True)
-class InItsBall(Ask):
-    """A quantity of a reading under the norm and at the radius that the network was made robust at."""
-
-    def of(self, run: Run) -> Found | None:
-        there = [
-            reading
-            for reading in run.readings
-            if radius(reading) == radius_of(run)
-            if norm(run) in ("", str(reading.settings.get("threat")).partition(":")[0])
-        ]
-        return super().of(replace(run, readings=there))
+def in_its_ball(run: Run, reading: Reading) -> bool:
+    """A reading under the norm and at the radius that the network was made robust at."""
+    alike = norm(run) in ("", str(reading.settings.get("threat")).partition(":")[0])
+    return alike and radius(reading) == radius_of(run)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from robustlens.claims.statistics import (
     verdict_of,
     within,
 )
+from robustlens.results.reading import Reading
 from robustlens.results.runs import Run
 from robustlens.results.verdict import RISES, Region, Verdict
 
@@ -95,14 +95,9 @@ def noise_beside_standard(ask: Ask, region: Region) -> Judge:
     return judge
 
 
-@dataclass(frozen=True)
-class UnderNoise(Ask):
-    """A quantity of a reading that was taken under uniform noise."""
-
-    def of(self, run: Run) -> Found | None:
-        attacks = [(reading, reading.settings.get("attack used") or "") for reading in run.readings]
-        noisy = [reading for reading, attack in attacks if name_of(attack) == "uniform-noise"]
-        return super().of(replace(run, readings=noisy))
+def under_noise(run: Run, reading: Reading) -> bool:
+    """A reading that was taken under uniform noise."""
+    return name_of(reading.settings.get("attack used") or "") == "uniform-noise"
 
 
 def is_logistic(run: Run) -> bool:
@@ -172,7 +167,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="Random noise does not sharpen the landscape as adversarial noise does.",
         measured="Rise at α = ± 0.5 after training on the strongest noise over that of standard training, both under "
         "that noise, on the same images along the same directions; between 0.8 and 1.25.",
-        judge=noise_beside_standard(UnderNoise("weight-landscape", "rise at ±0.5"), (0.8, 1.25)),
+        judge=noise_beside_standard(Ask("weight-landscape", "rise at ±0.5", where=under_noise), (0.8, 1.25)),
         needs="training on uniform noise and standard training, with weight-landscape under that noise",
     ),
     Claim(

@@ -126,9 +126,7 @@ class _Walk:
         if not any(isinstance(self.known[n], _Reach) for n in node.all_input_nodes):
             return None
         written = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        if node.kwargs.keys() - KEYWORDS or any(
-            isinstance(part, fx.Node) for part in _flat(list(node.kwargs.values()))
-        ):
+        if any(key not in KEYWORDS or isinstance(value, fx.Node) for key, value in node.kwargs.items()):
             raise _NotKnown(f"no constant is known for the keywords {', '.join(node.kwargs)} of {written!r}")
         if node.op == "call_module":
             return self._module(node, args[0])

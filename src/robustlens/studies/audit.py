@@ -33,7 +33,7 @@ from robustlens.studies.epochs import schedule
 from robustlens.studies.examine import examine, held, require_radii, takes_part
 from robustlens.studies.plan import run_directory
 from robustlens.studies.robustbench import robustbench_record
-from robustlens.studies.run import pick_device, provenance
+from robustlens.studies.run import answers, pick_device, provenance
 from robustlens.studies.watch import SilentStudy, StudyWatch
 from robustlens.threats.lp import Lp
 
@@ -133,7 +133,7 @@ def _looked(
     settings = {
         "model": f"{type(model).__module__}:{type(model).__qualname__}",
         "weights": fingerprint(model),
-        "behaviour": digest({"layers": str(model), "answers": _hash(_answers(model, splits))}),
+        "behaviour": digest({"layers": str(model), "answers": _hash(answers(model, splits))}),
         "data": [getattr(splits, part).fingerprint() for part in ("train", "test")],
         "threat": str(subject.threat),
         "seed": seed,
@@ -240,13 +240,6 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of the weights and buffers."""
     tensors: dict[str, Tensor] = model.state_dict()
     return digest({name: _hash(tensor) for name, tensor in tensors.items()})
-
-
-def _answers(model: nn.Module, splits: Splits) -> Tensor:
-    """Logits of the first test images: they change with the code of a network whose weights stay."""
-    with torch.no_grad():
-        logits: Tensor = model(splits.test.batch(torch.arange(min(16, len(splits.test)))).x)
-    return logits
 
 
 def _hash(tensor: Tensor) -> str:
