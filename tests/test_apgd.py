@@ -17,6 +17,7 @@ from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.losses import attack_loss, targeted_dlr
 from robustlens.attacks.noise import UniformNoise
 from robustlens.attacks.sparse_ascent import _largest
+from robustlens.attacks.tries import SMALL
 from robustlens.attacks.verify import craft, evaluate
 from robustlens.core.criterion import logit_margin
 from robustlens.core.types import Batch
@@ -158,20 +159,40 @@ def test_an_example_ends_at_its_first_wrong_point(norm: str, net: nn.Module, ima
 
 
 def test_restarts_keep_the_highest_and_leave_out_the_broken() -> None:
-    x = torch.zeros(3, 1, 1, 1)
-    asked: list[list[int]] = []
+    """In the third and the fourth try, made together, an example that the third breaks keeps what it found."""
+    values = torch.tensor([[3.0, 5.0, 1.0], [2.0, 9.0, 4.0], [1.0, 9.0, 5.0], [7.0, 9.0, 6.0]])
+    breaks = torch.tensor([[False, True, False], [False, True, False], [False, True, True], [False, True, True]])
+    asked: list[list[tuple[int, int]]] = []
+    drawn = iter(range(10))
 
-    def attempt(values: list[float], broken: list[bool]):  # type: ignore[no-untyped-def]
-        def run(left: Tensor) -> Climbed:
-            asked.append(left.tolist())
-            v = torch.tensor(values)[left]
-            return Climbed(v.view(-1, 1, 1, 1), torch.tensor(broken)[left], v)
+    def begin(left: Tensor) -> Tensor:
+        return torch.full((len(left), 1, 1, 1), float(next(drawn)))
 
-        return run
+    def climb(rows: Tensor, number: Tensor, start: Tensor) -> Climbed:
+        asked.append(list(zip(rows.tolist(), number.tolist(), strict=True)))
+        assert torch.equal(start.flatten(), number.float())
+        found = values[number, rows]
+        return Climbed(found.view(-1, 1, 1, 1), breaks[number, rows], found)
 
-    tries = [attempt([3.0, 5.0, 1.0], [False, True, False]), attempt([2.0, 9.0, 4.0], [False, False, False])]
-    kept = highest(tries, x)
-    assert kept.flatten().tolist() == [3.0, 5.0, 4.0] and asked == [[0, 1, 2], [0, 2]]
+    kept = highest(begin, climb, 4, torch.zeros(3, 1, 1, 1).expand(3, 1, 1, SMALL // 5))
+    assert kept[:, 0, 0, 0].tolist() == [7.0, 5.0, 5.0]
+    assert asked == [[(0, 0), (1, 0), (2, 0)], [(0, 1), (2, 1), (0, 2), (2, 2)], [(0, 3)]]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_targets_that_share_a_batch_find_what_they_find_alone(
+    norm: str, net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = net.double().eval(), images.double()
+    y = net(x).argmax(1)
+    attack = APGDTargeted(threat=Lp(norm, {"linf": 0.03, "l2": 0.3, "l1": 3.0}[norm]), steps=20)
+    counts: list[int] = []
+    net.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    shared = craft(attack, net, x, y, gen=gen())
+    passes = len(counts)
+    monkeypatch.setattr("robustlens.attacks.ascent.together", lambda *_: 1)
+    assert torch.allclose(craft(attack, net, x, y, gen=gen()), shared, atol=1e-12)
+    assert passes < len(counts) - passes
 
 
 def test_the_value_at_the_last_point_needs_no_gradient(net: nn.Module, images: Tensor, labels: Tensor) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import gen
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
 
 from robustlens.linalg.frozen_convolutions import FrozenConvolutions, quick_gradients
@@ -86,32 +85,31 @@ def test_weights_that_learn_keep_their_gradient() -> None:
     assert layer.weight.grad is not None and bool(layer.weight.grad.any())
 
 
-class Watched(nn.Module):
-    """A network that tells which modes are on while it runs, and fails when it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.modes, self.fails = nn.Conv2d(1, 2, 3), list[bool](), False
+class Doubled(nn.Conv2d):
+    """A layer that is no convolution any more."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.modes.append(any(isinstance(mode, FrozenConvolutions) for mode in _get_current_function_mode_stack()))
-        if self.fails:
-            raise RuntimeError("fails")
-        return self.conv(x)
+        return 2 * super().forward(x)
 
 
-def test_quick_gradients_are_on_in_passes_with_a_graph_alone_and_leave_no_hook() -> None:
-    model, x = Watched(), torch.rand(1, 1, 5, 5, generator=gen(1))
+def test_quick_gradients_take_the_quick_way_inside_and_leave_nothing_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), Doubled(2, 2, 1), nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+    model.requires_grad_(False)
+    x = torch.rand(1, 1, 5, 5, generator=gen(1)).requires_grad_()
+
+    def ways() -> list[str]:
+        """What the backward pass of each layer is called."""
+        inputs = [x, *(torch.rand(1, 2, 5, 5, generator=gen(2)).requires_grad_() for _ in range(2))]
+        ends = [layer(image).grad_fn for layer, image in zip(model, inputs, strict=True)]
+        return [end.name() for end in ends]
+
+    plain, (slope,) = ways(), torch.autograd.grad(model(x).sum(), x)
     with quick_gradients(model):
-        model(x)
+        quick = ways()
+        assert torch.allclose(torch.autograd.grad(model(x).sum(), x)[0], slope, rtol=1e-6)
         with torch.no_grad():
-            model(x)
-        model.fails = True
-        with pytest.raises(RuntimeError, match="fails"):
-            model(x)
-        assert not _get_current_function_mode_stack()
-    assert model.modes == [True, False, True]
-    assert not model._forward_hooks and not model._forward_pre_hooks
-    with pytest.raises(RuntimeError, match="fails"):
-        model(x)
-    assert model.modes[-1] is False
+            assert model(x).grad_fn is None
+    assert quick == ["_ConvolutionBackward", *plain[1:]] and plain[0] != quick[0]
+    with pytest.raises(RuntimeError, match="on purpose"), quick_gradients(model), quick_gradients(model):
+        raise RuntimeError("on purpose")
+    assert ways() == plain and not any("forward" in vars(layer) for layer in model)

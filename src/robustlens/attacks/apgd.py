@@ -11,7 +11,7 @@ from robustlens.attacks.ascent import Climbed, Height, highest, momentum_ascent
 from robustlens.attacks.losses import attack_loss
 from robustlens.attacks.sparse_ascent import sparse_ascent
 from robustlens.core.passes import Passes
-from robustlens.core.rng import for_part
+from robustlens.core.rng import drawn, for_part
 from robustlens.core.types import Threat
 from robustlens.results.errors import InputError, require_at_least
 from robustlens.threats.lp import Lp
@@ -74,21 +74,30 @@ class APGD:
         def height(logits: Tensor, labels: Tensor) -> Tensor:
             return attack_loss(self.loss, logits, labels[:, 0])
 
-        def run(left: Tensor) -> Climbed:
-            draws = for_part(gen, left, len(x))
-            return ascend(model, self.threat, x[left], y[left, None], height, steps=self.steps, gen=draws)
+        def begin(left: Tensor) -> Tensor:
+            return beginning(self.threat, x[left], for_part(gen, left, len(x)))
 
-        return highest([run] * self.restarts, x)
+        def climb(rows: Tensor, number: Tensor, start: Tensor) -> Climbed:
+            return ascend(model, self.threat, x[rows], y[rows, None], height, start, steps=self.steps)
+
+        return highest(begin, climb, self.restarts, x)
+
+
+def beginning(threat: Threat, x: Tensor, gen: Generator) -> Tensor:
+    """A random point (B, C, H, W) to ascend from: of the threat, or for ℓ1 a normal draw around x."""
+    assert isinstance(threat, Lp)
+    if threat.norm == "l1":
+        return x + drawn(x, lambda t: t.normal_(generator=gen), gen)
+    return threat.start(x, gen)
 
 
 def ascend(
-    model: nn.Module, threat: Threat, x: Tensor, labels: Tensor, height: Height, *, steps: int, gen: Generator
+    model: nn.Module, threat: Threat, x: Tensor, labels: Tensor, height: Height, start: Tensor, *, steps: int
 ) -> Climbed:
-    """One run from a random start, by the rule of the threat's norm; ``labels`` (B, L), y in the first column."""
+    """One run from ``start``, by the rule of the threat's norm; ``labels`` (B, L), y in the first column."""
     assert isinstance(threat, Lp)
-    if threat.norm == "l1":
-        return sparse_ascent(model, threat, x, labels, height, steps=steps, gen=gen)
-    return momentum_ascent(model, threat, x, labels, height, threat.start(x, gen), steps=steps)
+    rule = sparse_ascent if threat.norm == "l1" else momentum_ascent
+    return rule(model, threat, x, labels, height, start, steps=steps)
 
 
 def require_ball(threat: Threat, who: str) -> None:

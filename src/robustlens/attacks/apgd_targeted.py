@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.apgd import ascend, require_ball
+from robustlens.attacks.apgd import ascend, beginning, require_ball
 from robustlens.attacks.ascent import Climbed, highest
 from robustlens.attacks.losses import targeted_dlr
 from robustlens.core.passes import Passes
@@ -24,7 +23,8 @@ class APGDTargeted:
     """max_z −(f_y(z) − f_t(z)) / (f_(1)(z) − ½ (f_(3)(z) + f_(4)(z))) over the threat, t each probable wrong class.
 
     The targets t are the wrong classes of highest logit at x, one after the other, by the ascent of ``apgd``; f_(i) is
-    the i-th largest logit. An example leaves once any class but y is on top. With 3 classes the divisor is
+    the i-th largest logit. An example leaves once any class but y is on top. Where few are left, several targets share
+    a batch (``attacks.tries``). With 3 classes the divisor is
     f_(1) − f_(3), with 2 it is 1, where the paper's is undefined (``attacks.losses.targeted_dlr``).
 
     Costs (``steps`` input passes + 1 forward pass) × ``targets``, and a forward pass.
@@ -66,9 +66,11 @@ class APGDTargeted:
             wrong = model(x).scatter(1, y[:, None], -torch.inf)
         likely = wrong.topk(min(self.targets, wrong.shape[1] - 1), dim=1).indices
 
-        def run(left: Tensor, rank: int) -> Climbed:
-            labels = torch.stack([y[left], likely[left, rank]], 1)
-            draws = for_part(gen, left, len(x))
-            return ascend(model, self.threat, x[left], labels, targeted_dlr, steps=self.steps, gen=draws)
+        def begin(left: Tensor) -> Tensor:
+            return beginning(self.threat, x[left], for_part(gen, left, len(x)))
 
-        return highest([partial(run, rank=rank) for rank in range(likely.shape[1])], x)
+        def climb(rows: Tensor, rank: Tensor, start: Tensor) -> Climbed:
+            labels = torch.stack([y[rows], likely[rows, rank]], 1)
+            return ascend(model, self.threat, x[rows], labels, targeted_dlr, start, steps=self.steps)
+
+        return highest(begin, climb, likely.shape[1], x)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from robustlens.attacks.tries import together
 from robustlens.core.criterion import logit_margin
 from robustlens.core.types import Threat
 
@@ -24,6 +25,10 @@ GAPS = (0.22, 0.03, 0.06)
 Height = Callable[[Tensor, Tensor], Tensor]
 
 
+#: Where a try starts: (positions (A,)) → points (A, C, H, W). It draws anew each time.
+Begin = Callable[[Tensor], Tensor]
+
+
 class Climbed(NamedTuple):
     """Where an ascent ended: the points (B, C, H, W), whether each is ``broken`` (B,), and its ``height`` (B,).
 
@@ -35,20 +40,28 @@ class Climbed(NamedTuple):
     height: Tensor
 
 
-def highest(tries: Sequence[Callable[[Tensor], Climbed]], x: Tensor) -> Tensor:
-    """Points (B, C, H, W) from ``tries`` one after the other, each on the positions (A,) of what is not yet broken.
+#: Tries: (positions (A,), the number of the try of each, its start (A, C, H, W)) → where they end.
+Climb = Callable[[Tensor, Tensor, Tensor], Climbed]
+
+
+def highest(begin: Begin, climb: Climb, tries: int, x: Tensor) -> Tensor:
+    """Points (B, C, H, W) from ``tries`` numbered from 0, each on the positions (A,) of what is not yet broken.
 
     A broken example keeps its point; among those of the others the highest is kept.
     """
-    result, left = x.clone(), torch.arange(len(x), device=x.device)
+    result, left, done = x.clone(), torch.arange(len(x), device=x.device), 0
     height = torch.full_like(x[:, 0, 0, 0], -torch.inf)
-    for attempt in tries:
-        if len(left) == 0:
-            break
-        found = attempt(left)
-        better = found.broken | (found.height > height[left])
-        result[left[better]], height[left[better]] = found.point[better], found.height[better].to(height)
-        left = left[~found.broken]
+    while done < tries and len(left):
+        count = min(together(x, len(left), done), tries - done)
+        start = torch.cat([begin(left) for _ in range(count)])
+        number = torch.arange(done, done + count, device=x.device).repeat_interleave(len(left))
+        found = climb(left.repeat(count), number, start)
+        standing = torch.ones_like(left, dtype=torch.bool)
+        for point, broken, value in zip(*(part.chunk(count) for part in found), strict=True):
+            better = standing & (broken | (value > height[left]))
+            result[left[better]], height[left[better]] = point[better], value[better].to(height)
+            standing &= ~broken
+        left, done = left[standing], done + count
     return result
 
 
@@ -92,9 +105,9 @@ def climbers(x: Tensor, labels: Tensor, start: Tensor, value: Tensor, grad: Tens
         previous=start,
         grad=grad,
         value=value,
-        best=start,
-        best_grad=grad,
-        best_value=value,
+        best=start.clone(),
+        best_grad=grad.clone(),
+        best_value=value.clone(),
         step=torch.full_like(value, step),
         rises=torch.zeros_like(value),
         best_before=value,
@@ -118,9 +131,9 @@ def momentum_ascent(
         with torch.no_grad():
             move = here.point - here.previous
             here.previous = here.point
-            u = threat.project(here.point + here.step[:, None, None, None] * threat.ascend(here.grad), here.x)
+            u = threat.project(here.point.addcmul(here.step[:, None, None, None], threat.ascend(here.grad)), here.x)
             if number > 0:
-                u = threat.project(here.point + MOMENTUM * (u - here.point) + (1 - MOMENTUM) * move, here.x)
+                u = threat.project(here.point.lerp(u, MOMENTUM).add_(move, alpha=1 - MOMENTUM), here.x)
             here.point = u
         value, grad, wrong = look(model, u, here.labels, height, gradient=number + 1 < steps)
         record(here, value, grad)
@@ -152,17 +165,15 @@ def record(here: Climbers, value: Tensor, grad: Tensor) -> None:
     """Enter what was found at ``here.point``."""
     here.rises = here.rises + (value > here.value)
     here.value, here.grad = value, grad
-    higher = value > here.best_value
-    mask = higher[:, None, None, None]
-    here.best = torch.where(mask, here.point, here.best)
-    here.best_grad = torch.where(mask, grad, here.best_grad)
-    here.best_value = torch.where(higher, value, here.best_value)
+    higher = (value > here.best_value).nonzero()[:, 0]
+    for best, now in ((here.best, here.point), (here.best_grad, grad), (here.best_value, value)):
+        best.index_copy_(0, higher, now.index_select(0, higher))  # quicker than brackets
 
 
 def _checkpoint(here: Climbers, gap: int) -> None:
     stuck = ~here.halved & (here.best_before >= here.best_value)
     here.halved = (here.rises <= RISING * gap) | stuck
-    here.best_before = here.best_value
+    here.best_before = here.best_value.clone()
     here.rises = torch.zeros_like(here.rises)
     here.step = torch.where(here.halved, here.step / 2, here.step)
     back = here.halved[:, None, None, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from robustlens.attacks.smallest import nearest_on_segment
+from robustlens.attacks.tries import together
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
 from robustlens.core.rng import for_part
@@ -36,7 +36,8 @@ class FAB:
         z ← box((1 − α) (v + η δ(v)) + α (x + η δ(x)))
 
     ``targets`` = m gives FAB-T: k is the class with the highest logit at x among the wrong ones, in a second run the
-    one with the second highest, and so on; one backward pass a step instead of one for each rival.
+    one with the second highest, and so on; one backward pass a step instead of one for each rival. Where few images are
+    left, several targets share a batch (``attacks.tries``).
 
     Of all wrong z the nearest is kept. An image leaves once it is broken within eps; at the end of a run it is also
     tried at the nearest point of the threat. Of one that is broken at a larger distance the segment to x is bisected
@@ -111,21 +112,28 @@ class FAB:
         threat = self.threat
         assert isinstance(threat, Lp)
         nearest, smallest = x.clone(), torch.full_like(x[:, 0, 0, 0], torch.inf)
-        for target in self._each_target(model, x, y):
-            for restart in range(self.restarts):
-                todo = (smallest > self._enough).nonzero()[:, 0]
-                if len(todo) == 0:
-                    return nearest
-                origin, known = x[todo], smallest[todo]
-                start = origin
-                if restart:
-                    start = _around(threat, origin, known.clamp_max(threat.eps) / 2, for_part(gen, todo, len(x)))
-                towards = None if target is None else target[todo]
-                point, size = self._search(threat, model, start, origin, y[todo], towards)
-                if not self.minimal:
-                    point, size = _drawn_in(threat, model, point, origin, y[todo], size)
-                better = (size < known) | known.isinf()
-                nearest[todo[better]], smallest[todo[better]] = point[better], size[better]
+        targets = self._targets(model, x, y)
+        tries, done = self.restarts * (1 if targets is None else targets.shape[1]), 0
+        while done < tries:
+            todo = (smallest > self._enough).nonzero()[:, 0]
+            if len(todo) == 0:
+                return nearest
+            first, restart = divmod(done, self.restarts)
+            count = 1 if self.restarts > 1 else min(together(x, len(todo), done), tries - done)
+            start = x[todo]
+            if restart:
+                distance = smallest[todo].clamp_max(threat.eps) / 2
+                start = _around(threat, start, distance, for_part(gen, todo, len(x)))
+            rows = todo.repeat(count)
+            towards = None if targets is None else targets[todo, first : first + count].T.flatten()
+            point, size = self._search(threat, model, start.repeat(count, 1, 1, 1), x[rows], y[rows], towards)
+            if not self.minimal:
+                point, size = _drawn_in(threat, model, point, x[rows], y[rows], size)
+            for found, distance in zip(point.chunk(count), size.chunk(count), strict=True):
+                known = smallest[todo]
+                better = ((distance < known) & (known > self._enough)) | known.isinf()
+                nearest[todo[better]], smallest[todo[better]] = found[better], distance[better]
+            done += count
         far = (smallest.isfinite() & (smallest > self._enough)).nonzero()[:, 0]
         if len(far):
             nearest[far] = nearest_on_segment(model, x[far], nearest[far], y[far], steps=self.bisections)
@@ -136,12 +144,12 @@ class FAB:
         """The distance at which an image leaves."""
         return 0.0 if self.minimal else self.threat.eps
 
-    def _each_target(self, model: nn.Module, x: Tensor, y: Tensor) -> Sequence[Tensor | None]:
-        """The class (B,) of each image to run towards, one run after the other."""
+    def _targets(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """The classes (B, T) of each image to run towards, one run after the other."""
         if self.targets is None:
-            return [None]
+            return None
         with torch.no_grad():
-            return strongest(model(x), y, self.targets).unbind(1)
+            return strongest(model(x), y, self.targets)
 
     def _search(
         self, threat: Lp, model: nn.Module, start: Tensor, x: Tensor, y: Tensor, target: Tensor | None
@@ -172,7 +180,8 @@ class FAB:
 
     def _moved(self, threat: Lp, z: Tensor, x: Tensor, wrong: Tensor, ahead: Tensor, slope: Tensor) -> Tensor:
         """The next z (B, C, H, W) with the plane where ``ahead`` (B,) + ⟨``slope``, · − z⟩ is 0."""
-        back = torch.where(wrong[:, None, None, None], torch.lerp(x, z, self.beta), z)
+        kept = torch.where(wrong, self.beta, 1.0).to(z.dtype)
+        back = torch.lerp(x, z, kept[:, None, None, None])
         ends, w = torch.stack([back, x]).flatten(2), slope.flatten(1)
         height = ahead + (w * (ends - z.flatten(1))).sum(2)
         delta = step_to_hyperplane(ends, w, height, threat.norm, low=threat.low, high=threat.high)

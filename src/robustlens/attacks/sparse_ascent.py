@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from robustlens.attacks.ascent import Climbed, Climbers, Height, climbers, look, record
 from robustlens.attacks.smallest import movable
-from robustlens.core.rng import drawn
 from robustlens.threats.lp import Lp
 
 #: Radii of the three stages in multiples of eps, and the share of the steps that the first two get.
@@ -24,18 +23,17 @@ SHRINK, LEAST, DENSITY = 1.5, 10.0, 0.95
 
 
 def sparse_ascent(
-    model: nn.Module, threat: Lp, x: Tensor, labels: Tensor, height: Height, *, steps: int, gen: Generator
+    model: nn.Module, threat: Lp, x: Tensor, labels: Tensor, height: Height, start: Tensor, *, steps: int
 ) -> Climbed:
     """Ascent in balls of 3, 2 and 1 times the radius, each from the best point of the last, projected.
 
-    The first starts at a normal draw around x, projected. What is wrong outside the threat does not count: only the
-    last stage ends an example.
+    The first is from ``start`` (B, C, H, W), projected. What is wrong outside the threat does not count: only the last
+    stage ends an example.
     """
-    eps, start = threat.eps, x + drawn(x, lambda t: t.normal_(generator=gen), gen)
     counts = [math.ceil(share * steps) for _, share in STAGES[:-1]]
     counts.append(max(steps - sum(counts), 1))
     for (times, _), count in zip(STAGES, counts, strict=True):
-        ball = threat.with_eps(min(times * eps, _diameter(threat, x)))
+        ball = threat.with_eps(min(times * threat.eps, _diameter(threat, x)))
         found = _stage(model, ball, x, labels, height, ball.project(start, x), steps=count, final=times == 1.0)
         start = found.point
     return found

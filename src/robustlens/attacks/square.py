@@ -38,8 +38,8 @@ class Square:
 
     ‖ν‖ is eps up to what the box cuts off. Images that are wrong leave the batch, looked for after each of the first
     ten queries and then after every tenth, which spares an accelerator the waiting; those wrong at x come back as they
-    are. Forward passes only: at most 1 + ``restarts`` × (1 + ``queries``) of them. A proposal that changes nothing (in
-    ℓ∞ about every other one for gray images) asks the model nothing.
+    are. Forward passes only: at most 1 + ``restarts`` × (1 + ``queries``) of them. In ℓ∞ a proposal that changes
+    nothing asks the model nothing.
 
     Windows, signs and the orientation of η are drawn for each image, as the paper has it; the authors' code shares the
     window and the orientation in a batch, and its windows never reach the last row and column. As in that code, p is
@@ -140,10 +140,11 @@ class Square:
             rows, asked = proposals.propose(point, self.window(query, *shape[1:]), gen)
             if len(rows) == 0:
                 continue
-            reached = logit_margin(model(asked.view(len(rows), *shape)), y[rows])
-            better = (reached < margin[rows]).nonzero()[:, 0]
-            won = rows[better]
-            point[won], margin[won] = asked[better], reached[better]
+            reached = logit_margin(model(asked.view(len(rows), *shape)), y.index_select(0, rows))
+            better = (reached < margin.index_select(0, rows)).nonzero()[:, 0]
+            won = rows.index_select(0, better)
+            point.index_copy_(0, won, asked.index_select(0, better))
+            margin.index_copy_(0, won, reached.index_select(0, better))
         found[alive], lowest[alive] = point, margin
         return found.view_as(x), lowest
 
@@ -153,24 +154,26 @@ class _Corners:
 
     def __init__(self, threat: Lp, x: Tensor) -> None:
         self.size = x.shape[2:]
-        self.lower = (x - threat.eps).clamp_min_(threat.low).flatten(2)
-        self.upper = (x + threat.eps).clamp_max_(threat.high).flatten(2)
+        lower, upper = (x - threat.eps).clamp_min_(threat.low), (x + threat.eps).clamp_max_(threat.high)
+        self.corners = torch.cat([lower.flatten(2), upper.flatten(2)], 2)  # (B, C, 2 · H · W), the lower ones first
 
     def keep(self, standing: Tensor) -> None:
-        self.lower, self.upper = self.lower[standing], self.upper[standing]
+        self.corners = self.corners[standing]
 
     def start(self, gen: Generator) -> Tensor:
-        n, channels, _ = self.lower.shape
-        up = _coins((n, channels, self.size[1]), self.lower, gen).repeat(1, 1, self.size[0])
-        return torch.where(up, self.upper, self.lower)
+        n, channels, _ = self.corners.shape
+        up = _coins((n, channels, self.size[1]), self.corners, gen).repeat(1, 1, self.size[0])
+        lower, upper = self.corners.chunk(2, 2)
+        return torch.where(up, upper, lower)
 
     def propose(self, point: Tensor, window: tuple[int, int], gen: Generator) -> tuple[Tensor, Tensor]:
         """Which rows (A,) change, and to what (A, C, H · W)."""
         inside = _windows(point, self.size, window, gen)
-        up = _coins((*point.shape[:2], 1), point, gen)
-        corner = torch.where(up, self.upper.gather(2, inside), self.lower.gather(2, inside))
+        up = _below(2, (*point.shape[:2], 1), point, gen)
+        corner = self.corners.gather(2, inside + up * point.shape[2])
         rows = (corner != point.gather(2, inside)).flatten(1).any(1).nonzero()[:, 0]
-        return rows, point[rows].scatter_(2, inside[rows], corner[rows])
+        inside, corner = inside.index_select(0, rows), corner.index_select(0, rows)
+        return rows, point.index_select(0, rows).scatter_(2, inside, corner)
 
 
 class _Hills:
@@ -209,20 +212,20 @@ class _Hills:
         here, there = self.origin.gather(2, first), self.origin.gather(2, second)
         change = point.gather(2, first) - here
         cleared = point.scatter(2, first, here)
-        unused = self.eps**self.p - self._power((point - self.origin).flatten(1))
-        available = self._power(change) + self._power(cleared.gather(2, second) - there)
+        unused = self.eps**self.p - self._size((point - self.origin).flatten(1)) ** self.p
+        available = self._size(change) ** self.p + self._size(cleared.gather(2, second) - there) ** self.p
         available = (available + unused[:, :, None] / point.shape[1]).clamp_min_(0) ** (1 / self.p)
         change = available * self._unit(hill + self._unit(change))
         asked = cleared.scatter_(2, second, there).scatter_(2, first, (here + change).clamp_(self.low, self.high))
-        rows = (asked - point).abs_().flatten(1).amax(1).nonzero()[:, 0]
-        return (rows, asked) if len(rows) == len(point) else (rows, asked[rows])
+        return torch.arange(len(point), device=point.device), asked
 
-    def _power(self, change: Tensor) -> Tensor:
-        """‖change‖_p^p along the last dimension, which is kept."""
-        return (change.abs() if self.p == 1 else change.square()).sum(-1, keepdim=True)
+    def _size(self, change: Tensor) -> Tensor:
+        """‖change‖_p along the last dimension, which is kept."""
+        size: Tensor = torch.linalg.vector_norm(change, self.p, dim=-1, keepdim=True)
+        return size
 
     def _unit(self, change: Tensor) -> Tensor:
-        return change / (self._power(change) ** (1 / self.p)).clamp_min_(torch.finfo(change.dtype).tiny)
+        return change / self._size(change).clamp_min_(torch.finfo(change.dtype).tiny)
 
     def _signs(self, shape: tuple[int, ...], gen: Generator) -> Tensor:
         return 2 * _coins(shape, self.origin, gen).to(self.origin.dtype) - 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, fold
+from torch.nn.functional import conv2d, conv_transpose2d, fold, pad
 from torch.overrides import TorchFunctionMode
 
 #: Weights of an output channel, up to which a CPU goes backward by a matrix product.
@@ -28,39 +29,45 @@ class FrozenConvolutions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv2d:
-            convolution = _bound(*args, **(kwargs or {}))
-            parts = convolution.weight, convolution.bias
-            plain = not isinstance(convolution.padding, str) and not transformed(convolution.input)
-            if plain and not any(p is not None and p.requires_grad for p in parts):
-                return _Convolution.apply(*convolution)  # type: ignore[no-untyped-call]
+            return _frozen(_bound(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def quick_gradients(model: nn.Module) -> Iterator[None]:
-    """Every forward pass of ``model`` inside that builds a graph has ``FrozenConvolutions``.
+    """The ``nn.Conv2d`` layers of ``model`` go backward inside as in ``FrozenConvolutions``.
 
-    The mode is on during those passes alone, because it slows down every operation a little.
+    That mode itself would slow down every operation a little.
     """
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        yield
-        return
-    on: list[ExitStack] = []
-
-    def begin(*_: Any) -> None:
-        on.append(ExitStack())
-        if torch.is_grad_enabled():
-            on[-1].enter_context(FrozenConvolutions())
-
-    def end(*_: Any) -> None:
-        on.pop().close()
-
-    handles = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and _plain(m)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in layers:
+            del layer.forward
+
+
+def _plain(layer: nn.Conv2d) -> bool:
+    """Whether it is torch's own forward pass that runs, and by one convolution."""
+    own = type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
+    return own and "forward" not in vars(layer) and layer.padding_mode == "zeros"
+
+
+def _forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    how = _Arguments(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return _frozen(how) if x.requires_grad and torch.is_grad_enabled() else torch.conv2d(*how)
+
+
+def _frozen(convolution: _Arguments) -> Tensor:
+    """It, by a backward pass of our own where its weights are frozen."""
+    parts = convolution.weight, convolution.bias
+    plain = not isinstance(convolution.padding, str) and not transformed(convolution.input)
+    if plain and not any(p is not None and p.requires_grad for p in parts):
+        found: Tensor = _Convolution.apply(*convolution)  # type: ignore[no-untyped-call]
+        return found
+    return torch.conv2d(*convolution)
 
 
 def transformed(tensor: Tensor) -> bool:
@@ -149,26 +156,40 @@ def _phase_by_phase(grad: Tensor, weight: Tensor, size: torch.Size, stride: Any,
 
     Pixel u has the phase r = (u + p) mod s and, with q = (u + p − r) / s, the sum over taps j of g_{q−j} w_{sj+r}.
     """
-    (down, across), (out, channels) = stride, weight.shape[:2]
+    (down, across), channels = stride, weight.shape[1]
     high, wide = weight.shape[2] // down, weight.shape[3] // across
-    taps = weight.view(out, channels, high, down, wide, across).flip(2, 4).permute(3, 5, 1, 0, 2, 4)
-    phases = conv2d(grad, taps.reshape(-1, out, high, wide), padding=(high - 1, wide - 1))
-    reached = [q * s - p for q, s, p in zip(phases.shape[2:], stride, padding, strict=True)]
-    spare = reached[0] < size[0] or reached[1] < size[1]  # pixels at the end that no window reached
-    layout = torch.channels_last if phases.stride(1) == 1 else torch.contiguous_format
-    back = torch.empty(len(grad), channels, *size, dtype=grad.dtype, memory_format=layout)
-    if spare:
-        back.zero_()
-    of_phase = phases.view(len(grad), down, across, channels, *phases.shape[2:])
-    for r in range(down):
-        for c in range(across):
-            (top, first), (left, second) = _first(r, down, padding[0]), _first(c, across, padding[1])
-            here = back[:, :, first : reached[0] : down, second : reached[1] : across]
-            here.copy_(of_phase[:, r, c, :, top : top + here.shape[2], left : left + here.shape[3]])
-    return back
+    taps = torch.take(weight, _taps(weight.shape, down, across))
+    phases = conv2d(grad, taps, padding=(high - 1, wide - 1))
+    last = phases.stride(1) == 1
+    flat = (phases.permute(0, 2, 3, 1) if last else phases).flatten(1)
+    reached = [min(n, q * s - p) for n, q, s, p in zip(size, phases.shape[2:], stride, padding, strict=True)]
+    places = _places(phases.shape[1:], down, across, *padding, *reached, last)
+    back = flat.index_select(1, places)
+    back = back.view(-1, *reached, channels).permute(0, 3, 1, 2) if last else back.view(-1, channels, *reached)
+    spare = [0, size[1] - reached[1], 0, size[0] - reached[0]]  # pixels at the end that no window reached
+    return pad(back, spare) if any(spare) else back
 
 
-def _first(phase: int, stride: int, padding: int) -> tuple[int, int]:
-    """The first q and the first pixel of a phase that lie in the image."""
-    q = max(-((phase - padding) // stride), 0)
-    return q, q * stride + phase - padding
+@lru_cache(maxsize=32)
+def _taps(shape: torch.Size, down: int, across: int) -> Tensor:
+    """Where in a weight of ``shape`` (O, C, H, W) lie the taps (phases · C, O, H / ``down``, W / ``across``)."""
+    out, channels, height, width = shape
+    high, wide = height // down, width // across
+    every = torch.arange(shape.numel()).view(out, channels, high, down, wide, across)
+    return every.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(-1, out, high, wide)
+
+
+@lru_cache(maxsize=32)
+def _places(
+    shape: torch.Size, down: int, across: int, top: int, left: int, height: int, width: int, last: bool
+) -> Tensor:
+    """Where in the phases of an image, ``shape`` (phases · C, H, W), lie its pixels (C, ``height``, ``width``).
+
+    The image begins at ``top`` and ``left``, which were padding. With ``last`` both have their channels last in memory.
+    """
+    _, high, wide = shape
+    every = torch.arange(shape.numel())
+    every = every.view(high, wide, -1).permute(2, 0, 1) if last else every.view(shape)
+    whole = every.reshape(down, across, -1, high, wide).permute(2, 3, 0, 4, 1).reshape(-1, high * down, wide * across)
+    image = whole[:, top : top + height, left : left + width]
+    return (image.permute(1, 2, 0) if last else image).flatten()

@@ -37,7 +37,8 @@ def step_to_hyperplane(
     w = w / largest[:, None]
     missing = (height / largest).abs()
     toward = -w * height.sign()[..., None]
-    room = torch.where(toward > 0, high - t, t - low)
+    sign = toward.sign()
+    room = torch.maximum(sign * (high - t), sign * (low - t))  # torch.where takes several times as long
     if norm == "l1":
         step = _largest_first(w.abs(), room, missing)
     else:
@@ -45,8 +46,9 @@ def step_to_hyperplane(
         gain = w.abs() * room
         out_of_reach = gain.sum(-1) <= missing
         scale = _scale_to(w.abs() * pace, gain, missing.masked_fill(out_of_reach, 0))
-        step = torch.where(out_of_reach[..., None], room, (scale[..., None] * pace).minimum(room))
-    return toward.sign() * step
+        scale = scale.masked_fill(out_of_reach, torch.finfo(w.dtype).max)
+        step = (scale[..., None] * pace).minimum(room)
+    return sign * step
 
 
 def _scale_to(rate: Tensor, limit: Tensor, target: Tensor) -> Tensor:

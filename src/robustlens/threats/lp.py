@@ -146,7 +146,7 @@ class Lp:
         if self.norm == "linf":
             lower = (x - self.eps).clamp_min_(self.low)
             upper = (x + self.eps).clamp_max_(self.high)
-            return torch.minimum(torch.maximum(x_adv, lower), upper)
+            return x_adv.clamp(lower, upper)
         if self.eps == 0:
             return x + 0 * x_adv  # NaN in x_adv must stay visible
         inside = x_adv.clamp(self.low, self.high)
