@@ -321,6 +321,7 @@ def test_logits_that_look_a_little_like_probabilities_pass():
     [
         (plain(channels=1), 5, r"forward pass on images of shape \(4, 3, 4, 4\), got RuntimeError"),
         (nn.Sequential(nn.Flatten(), nn.Linear(784, 5)), 5, "got RuntimeError: mat1 and mat2"),
+        (plain().to("meta"), 5, "expected weights, got none, on the device meta"),
         (plain(), 7, r"7 logits an image, shape \(4, 7\), got shape \(4, 5\)"),
         (plain(1), 3, r"shape \(4, 3\), got shape \(4, 1\)"),
         (nn.Conv2d(3, 5, 3), 5, r"got shape \(4, 5, 2, 2\)"),

@@ -60,7 +60,7 @@ label = "plain [bold]"
 
 BAD_TRAIN = [
     (["--method", "pgdd"], "Did you mean 'pgd'?"),
-    (["--method", "standart"], "Did you mean 'standard'?"),
+    (["--method", "trades"], "expected one of trades/cifar10, trades/mnist"),
     (["--model", "lenet-smal"], "Did you mean 'lenet-small'?"),
     (["--model", ""], "model: expected one of"),
     (["--model", "no_such:Net"], "ModuleNotFoundError"),
@@ -68,6 +68,8 @@ BAD_TRAIN = [
     (["--model", "lenet", "--data", "digits"], "pixels"),
     (["--model", "logistic"], "2 classes"),
     (["--data", "digit"], "Did you mean 'digits'?"),
+    (["--data", "Digits"], "Did you mean 'digits'?"),
+    (["--data", "/proc/version"], "got the file '/proc/version'. Give its directory"),
     (["--data", ""], "data.source"),
     (["--data", "./nowhere"], "check the path"),
     (["--data", "./[/red][x]"], "'./[/red][x]'"),
@@ -84,11 +86,11 @@ BAD_TRAIN = [
     (["--set", "training.epoch=3"], "Did you mean 'epochs'?"),
     (["--set", "trainin.epochs=3"], "Did you mean 'training'?"),
     (["--set", "training.optimizer.momentun=3"], "Did you mean 'momentum'?"),
-    (["--set", "training.optimizer.name=sgdd"], "'sgd'"),
+    (["--set", "training.optimizer.name=sgdd"], "training.optimizer: expected one of 'sgd', 'adam'"),
     (["--set", "training.optimizer.lr=inf"], "training.optimizer.lr: expected a finite number"),
     (["--set", "training.optimizer.lr=-1"], "training.optimizer.lr"),
     (["--set", "training.optimizer.nesterov=true", "--set", "training.optimizer.momentum=0"], "a momentum > 0"),
-    (["--set", "training.optimizer=3"], "training.optimizer"),
+    (["--set", "training.optimizer=3"], "training.optimizer: expected a table of settings, got 3"),
     (["--set", "training.schedule.peak=0.1"], "training.schedule.name: expected a name"),
     (["--set", "training.epochs=true"], "training.epochs"),
     (["--set", "training.epochs.x=3"], "epochs to have fields"),
@@ -100,7 +102,8 @@ BAD_TRAIN = [
     (["--set", "methods.4.label=a"], "a position in the list"),
     (["--set", "seeds=[]"], "seeds"),
     (["--set", "seeds=[1,1]"], "differ"),
-    (["--set", "methods=[]"], "methods"),
+    (["--set", "methods=[]"], "methods: expected at least 1 of them"),
+    (["--set", "model=3"], "study model: expected a name in quotes or a table with one, got 3"),
     (["--set", "data.valid_fraction=2"], "data.valid_fraction"),
     (["--set", "data.classes=[3]"], "two or more different classes"),
     (["--set", "data.classes=[]"], "two or more different classes"),
@@ -216,7 +219,7 @@ BAD_AUDITS = [
     (["mlp"], ["--weights", "@ten.safetensors"], "another architecture"),
     (["mpl"], ["--weights", "@ten.safetensors"], "Did you mean 'mlp'?"),
     (["cli_nets:ten"], ["--mean", "x"], "numbers with commas"),
-    (["cli_nets:ten"], ["--mean", "0.5,0.5", "--std", "1,1"], "mean"),
+    (["cli_nets:ten"], ["--mean", "0.5,0.5", "--std", "1,1"], "mean: expected 1 value, got 2"),
     (["cli_nets:ten"], ["--mean", "0.5", "--std", "0"], "std"),
     (["cli_nets:ten"], ["--device", "tpu"], "device"),
 ]
@@ -304,7 +307,7 @@ def test_reports_that_cannot_be(studied: Path, call: Call, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     refuse(call, "got none.", "report", tmp_path / "empty", *out)
     refuse(call, "no such directory", "report", tmp_path / "nowhere", *out)
-    refuse(call, "Missing argument", "report", *out)
+    refuse(call, "expected a file, got a directory", "report", studied / "out", "--out", tmp_path / "empty")
     refuse(call, "--format", "report", studied / "out", "--format", "tiff", *out)
     RunDirectory(tmp_path / "run").write_json("run.json", {"label": "x"})
     refuse(call, "run", "report", tmp_path / "run", *out)

@@ -111,7 +111,7 @@ def test_lenses_look_at_a_program_or_say_why_they_cannot(opened: nn.Module, tmp_
         assert found[name].outcome == source.outcome
         for one, other in zip(found[name].quantities, source.quantities, strict=True):
             assert one.value == pytest.approx(other.value, abs=1e-4), one.name
-    assert "no linear or convolutional layer" in found["layer-spectra"].outcome.why
+    assert "shows no linear or convolutional layer" in found["layer-spectra"].outcome.why
     if is_script(opened):
         assert found["jacobian-spectrum"].outcome.why.startswith("PyTorch cannot do this with TorchScript (")
         assert found["jacobian-spectrum"].outcome.why.endswith("). Use torch.export.")

@@ -153,7 +153,7 @@ BAD = [
     ("attack", {"name": 3}, 'settings with a "name"'),
     ("attack", {"name": "pgd"}, "attack 'pgd': expected a value for threat, got none. Add threat"),
     ("attack", {**PGD_L2, "stepz": 3}, r"field of attack 'pgd': .*got 'stepz'\. Did you mean 'steps'\?"),
-    ("attack", {**PGD_L2, "steps": "many"}, "attack 'pgd', field steps: .*valid integer.*got 'many'"),
+    ("attack", {**PGD_L2, "steps": "many"}, "attack 'pgd', field steps: .*a whole number.*got 'many'"),
     ("attack", {**PGD_L2, "steps": 2.5}, "field steps: .*got 2.5"),
     ("attack", {**PGD_L2, "steps": True}, "field steps: expected a number, got True"),
     ("attack", {**PGD_L2, "step_size": True}, "field step_size: expected a number, got True"),

@@ -205,7 +205,7 @@ def test_other_images_in_the_same_place_are_noticed(
     assert times(done[0]) == before
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", '{"hash": "x"}', '{"provenance": {}}', "{"])
+@pytest.mark.parametrize("content", ["[1, 2]", "null", '{"hash": "x"}', '{"provenance": {}}', "{"])
 def test_a_run_json_of_somebody_else(content: str, tmp_path: Path) -> None:
     runs, _ = carry_out(tmp_path, seeds=[0])
     (runs[0].path / "run.json").write_text(content)

@@ -164,7 +164,7 @@ def _validated(what: str, hint: Any, value: Any) -> Any:
     except ValidationError as error:
         problem = error.errors()[0]
         raise InputError(
-            what, expected=wanted(problem["msg"]), got=repr(value), fix="Correct the value; see `robustlens list`."
+            what, expected=wanted(problem), got=repr(value), fix="Correct the value; see `robustlens list`."
         ) from error
 
 

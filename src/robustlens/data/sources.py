@@ -59,8 +59,8 @@ def open_source(config: DataConfig) -> Source:
     raise InputError(
         "data set",
         expected="a directory, a Hub id (owner/name) or a known name",
-        got=repr(name),
-        fix="There is no such directory: check the path.",
+        got=f"the file {name!r}" if os.path.isfile(path) else repr(name),
+        fix="Give its directory." if os.path.isfile(path) else "There is no such directory: check the path.",
     )
 
 

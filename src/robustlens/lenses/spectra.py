@@ -120,7 +120,7 @@ class LayerSpectra:
         skipped = [layer for layer in layers if isinstance(layer, Skipped)]
         measured = [layer for layer in layers if not isinstance(layer, Skipped)]
         if not measured:
-            return self._failed("The model has no linear or convolutional layer that its forward pass uses.")
+            return self._failed("Its forward pass shows no linear or convolutional layer, as that of a frozen program.")
         for layer in measured:
             if not bool(torch.isfinite(layer.folded().weight).all()):
                 return self._failed(f"Layer {layer.name} or its BatchNorm holds numbers that are not finite.")

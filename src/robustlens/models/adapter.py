@@ -252,6 +252,8 @@ def check_model(
         InputError: a failing forward pass, an output that is not (B, classes), not finite, without gradient, or made
             of probabilities.
     """
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError("model", expected="weights", got="none, on the device meta", fix="Load its weights first.")
     if device is not None:
         model = model.to(device)
     x = _probe(shape, next((p.device for p in model.parameters()), torch.device(device or "cpu")))

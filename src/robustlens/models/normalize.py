@@ -79,8 +79,8 @@ class Normalized:
             if len(values) not in (1, channels):
                 raise InputError(
                     field,
-                    expected=f"1 value or {channels} (one a channel)",
-                    got=str(len(values)),
+                    expected="1 value" if channels == 1 else f"1 value or {channels} (one a channel)",
+                    got=f"{len(values)} of them",
                     fix="Give one value for every channel of the images.",
                 )
             if not all(0 <= value <= 1 for value in values):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -83,14 +83,35 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """
     names = sorted(known)
     begun = {each[: len(name)]: each for each in reversed(names)} | {each: each for each in names}
-    near = difflib.get_close_matches(name, begun, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, begun, n=1, cutoff=0.5) or difflib.get_close_matches(name.lower(), names)
     fix = f"Did you mean {begun[near[0]]!r}?" if near else "See `robustlens list`."
     more = f", … ({len(names)} in all)" if len(names) > MANY else ""
     return InputError(kind, expected=f"one of {', '.join(names[:MANY])}{more}", got=repr(name), fix=fix)
 
 
-def wanted(problem: str) -> str:
-    """What a message of pydantic ("Input should be a valid integer") says that was expected ("a valid integer")."""
+#: What somebody who writes TOML calls what pydantic wants, by the types of its errors.
+PLAIN = {
+    "bool": "true or false",
+    "dict": "a table of settings",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "model": "a table of settings",
+    "string": "text in quotes",
+    "tuple": "a list",
+}
+
+
+def wanted(problem: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says that was expected, in the words of somebody who writes TOML."""
+    kind = str(problem["type"])
+    if kind == "union_tag_invalid":
+        return f"one of {problem['ctx']['expected_tags']}"
+    if kind == "too_short":
+        return f"at least {problem['ctx']['min_length']} of them"
+    if (plain := PLAIN.get(kind.partition("_")[0])) and kind.endswith(("_type", "_parsing", "_from_float")):
+        return plain
+    message = str(problem["msg"])
     for opening in ("Value error, ", "Input should be ", "Input should ", "Input "):
-        problem = problem.removeprefix(opening)
-    return "a value" if problem == "Field required" else problem[:1].lower() + problem[1:]
+        message = message.removeprefix(opening)
+    return "a value" if message == "Field required" else message[:1].lower() + message[1:]

@@ -74,6 +74,8 @@ def write_atomically(path: Path, content: bytes, *, previous: Path | None = None
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
+    if isinstance(error, IsADirectoryError):
+        return InputError(f"output {path}", expected="a file", got="a directory", fix="Name a file in it.")
     return InputError(
         f"output {path}",
         expected="a directory that can be written to, with free space",

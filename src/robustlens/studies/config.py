@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from robustlens.core.discovery import discover
 from robustlens.data.config import DataConfig
-from robustlens.methods.preset import find_preset
+from robustlens.methods.preset import find_preset, presets
 from robustlens.results.errors import InputError, printable, unknown_name, wanted
 from robustlens.results.files import DEEPEST, require_shallow
 from robustlens.train.config import Settings, TrainingConfig
@@ -193,12 +193,14 @@ def validated(cls: type[S], settings: Mapping[str, Any], what: str) -> S:
         # A misspelt key comes first: where it is a required one, it is missed as well.
         problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         loc = problem["loc"]  # pydantic puts the name of the one chosen behind a choice
+        either = loc[-1:] == ("str",)  # a name, or a table with one
+        loc = loc[:-1] if either else loc
         where = ".".join(str(part) for k, part in enumerate(loc) if k == 0 or loc[k - 1] not in CHOICES)
         if problem["type"] == "extra_forbidden":
             place, _, field = where.rpartition(".")
             raise unknown_name(f"field of {place or what}", field, _fields(cls, problem["loc"][:-1])) from error
         got = "nothing" if problem["type"] == "missing" else repr(problem["input"])
-        expected = wanted(problem["msg"])
+        expected = "a name in quotes or a table with one" if either else wanted(problem)
         if problem["type"] == "union_tag_not_found":
             expected, where = "a name", f"{where}.name"
         raise InputError(
@@ -293,7 +295,8 @@ def single_run(
 def _against(method: str, threat: str) -> Plugin:
     known = {"standard", "noise", *discover("attack")}
     if method not in known and ":" not in method:
-        raise unknown_name("method", method, known)
+        published = [each for each in presets() if each.partition("/")[0] == method]
+        raise unknown_name("method", method, published or known)
     if method == "standard":
         return method
     if method == "noise":

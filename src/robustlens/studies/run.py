@@ -237,7 +237,7 @@ def trained(
     lay_channels_last(model, torch.zeros(1, *splits.shape, device=device))
     origin = provenance(splits, device)
     record = directory.read_json("run.json") if directory.exists else {}
-    if record and _data_of(record, directory) != origin["data"]:
+    if record != {} and _data_of(record, directory) != origin["data"]:
         raise InputError(
             f"run directory {directory.path}",
             expected="the data that the run was trained on",
