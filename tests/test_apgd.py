@@ -17,9 +17,10 @@ from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.losses import attack_loss, targeted_dlr
 from robustlens.attacks.noise import UniformNoise
 from robustlens.attacks.sparse_ascent import _largest
-from robustlens.attacks.tries import SMALL
+from robustlens.attacks.tries import room
 from robustlens.attacks.verify import craft, evaluate
 from robustlens.core.criterion import logit_margin
+from robustlens.core.discovery import build
 from robustlens.core.types import Batch
 from robustlens.results.errors import InputError
 from robustlens.threats.lp import Lp
@@ -174,25 +175,30 @@ def test_restarts_keep_the_highest_and_leave_out_the_broken() -> None:
         found = values[number, rows]
         return Climbed(found.view(-1, 1, 1, 1), breaks[number, rows], found)
 
-    kept = highest(begin, climb, 4, torch.zeros(3, 1, 1, 1).expand(3, 1, 1, SMALL // 5))
-    assert kept[:, 0, 0, 0].tolist() == [7.0, 5.0, 5.0]
+    x = torch.zeros(3, 1, 1, 1)
+    with room(5):
+        kept = highest(begin, climb, 4, x)
+    assert kept.flatten().tolist() == [7.0, 5.0, 5.0]
     assert asked == [[(0, 0), (1, 0), (2, 0)], [(0, 1), (2, 1), (0, 2), (2, 2)], [(0, 3)]]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("kind", ["apgd-targeted", "fab"])
 def test_targets_that_share_a_batch_find_what_they_find_alone(
-    norm: str, net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    kind: str, norm: str, net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, x = net.double().eval(), images.double()
     y = net(x).argmax(1)
-    attack = APGDTargeted(threat=Lp(norm, {"linf": 0.03, "l2": 0.3, "l1": 3.0}[norm]), steps=20)
+    threat = {"linf": "linf:0.03", "l2": "l2:0.3", "l1": "l1:3"}[norm]
+    attack = build("attack", {"name": kind, "threat": threat, "steps": 20, "targets": 3})
     counts: list[int] = []
     net.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
-    shared = craft(attack, net, x, y, gen=gen())
+    with room(20):
+        shared = craft(attack, net, x, y, gen=gen())
     passes = len(counts)
-    monkeypatch.setattr("robustlens.attacks.ascent.together", lambda *_: 1)
+    monkeypatch.setattr(f"robustlens.attacks.{'fab' if kind == 'fab' else 'ascent'}.together", lambda *_: 1)
     assert torch.allclose(craft(attack, net, x, y, gen=gen()), shared, atol=1e-12)
-    assert passes < len(counts) - passes
+    assert passes < len(counts) - passes and 12 <= max(counts[:passes]) <= 20
 
 
 def test_the_value_at_the_last_point_needs_no_gradient(net: nn.Module, images: Tensor, labels: Tensor) -> None:

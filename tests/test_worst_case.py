@@ -10,6 +10,7 @@ from conftest import gen
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from robustlens.attacks.apgd_targeted import APGDTargeted
 from robustlens.attacks.ensemble import AutoAttackStandard
 from robustlens.attacks.fgsm import FGSM
 from robustlens.attacks.linear import LinearExact
@@ -61,6 +62,15 @@ def test_each_example_falls_to_the_first_attack_that_breaks_it(net: nn.Module, s
     alone = [evaluate(LINE_UP[1], net, batch, gen=gen()) for batch in stream]
     fgsm = torch.cat([(~seen.robust) & seen.clean_correct for seen in alone])
     assert torch.equal(fgsm & (found.broken_by != 0), found.broken_by == 1)
+
+
+def test_targets_fill_a_batch_where_few_images_are_left(net: nn.Module, stream: list[Batch]) -> None:
+    counts: list[int] = []
+    net.eval().register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    attack = APGDTargeted(threat=Lp("linf", 1e-6), targets=3, steps=10)
+    found = worst_case([attack], net, stream[:1], seed=3, batch_size=16)
+    assert int((found.broken_by == STANDS).sum()) == 8 and max(counts) == 16
+    assert sum(counts) == 10 + 8 * (attack.passes.inputs + attack.passes.forward) + 2 * 8
 
 
 class Killed(Exception):

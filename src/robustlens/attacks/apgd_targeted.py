@@ -24,8 +24,8 @@ class APGDTargeted:
 
     The targets t are the wrong classes of highest logit at x, one after the other, by the ascent of ``apgd``; f_(i) is
     the i-th largest logit. An example leaves once any class but y is on top. Where few are left, several targets share
-    a batch (``attacks.tries``). With 3 classes the divisor is
-    f_(1) − f_(3), with 2 it is 1, where the paper's is undefined (``attacks.losses.targeted_dlr``).
+    a batch (``attacks.tries``). With 3 classes the divisor is f_(1) − f_(3), with 2 it is 1, where the paper's is
+    undefined (``attacks.losses.targeted_dlr``).
 
     Costs (``steps`` input passes + 1 forward pass) × ``targets``, and a forward pass.
 

@@ -25,10 +25,6 @@ GAPS = (0.22, 0.03, 0.06)
 Height = Callable[[Tensor, Tensor], Tensor]
 
 
-#: Where a try starts: (positions (A,)) → points (A, C, H, W). It draws anew each time.
-Begin = Callable[[Tensor], Tensor]
-
-
 class Climbed(NamedTuple):
     """Where an ascent ended: the points (B, C, H, W), whether each is ``broken`` (B,), and its ``height`` (B,).
 
@@ -39,6 +35,9 @@ class Climbed(NamedTuple):
     broken: Tensor
     height: Tensor
 
+
+#: Where a try starts: (positions (A,)) → points (A, C, H, W). It draws anew each time.
+Begin = Callable[[Tensor], Tensor]
 
 #: Tries: (positions (A,), the number of the try of each, its start (A, C, H, W)) → where they end.
 Climb = Callable[[Tensor, Tensor, Tensor], Climbed]

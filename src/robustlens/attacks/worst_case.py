@@ -20,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from robustlens.attacks.tries import room
 from robustlens.attacks.verify import AttackBroken, evaluate
+from robustlens.core.allocator import keep_freed_memory
 from robustlens.core.criterion import logit_margin
 from robustlens.core.discovery import describe
 from robustlens.core.modes import channels_last, untouched
@@ -79,6 +81,8 @@ def worst_case(
 ) -> WorstCase:
     """Run ``attacks`` in order over every chunk, each on the examples that nothing has broken yet.
 
+    The process keeps memory that tensors have freed (``core.allocator``).
+
     Args:
         attacks: on one threat.
         chunks: batches of any size, from memory or from a stream; one is held at a time. A thousand examples keep the
@@ -97,10 +101,11 @@ def worst_case(
     settings = {"attacks": [describe(attack) for attack in attacks], "seed": seed, "batch_size": batch_size}
     index, broken_by, distance = [], [], []
     world = world or World()
+    keep_freed_memory()
     for number, batch in enumerate(chunks):
         if number % world.size != world.rank:
             continue
-        with channels_last(model, batch.x):
+        with channels_last(model, batch.x), room(batch_size):
             chunk = _Chunk.begin(number, batch, model, settings, state)
             chunk.finish(attacks, model, seed, batch_size, told)
         index.append(chunk.index)
