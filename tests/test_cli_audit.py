@@ -66,7 +66,7 @@ def test_networks_that_cannot_be_opened(call: Call, place: Path, tmp_path: Path)
     refuse(call, "data called cifar10, cifar100, imagenet", "audit", "robustbench:Carmon2019Unlabeled", *usual)
     weights = ("--weights", place / "mlp.safetensors")
     refuse(call, "expected none beside", "audit", place / "net.pt", *usual, *weights)
-    refuse(call, "one a channel", "audit", place / "net.pt", *usual, "--mean", "0.5,0.5,0.5", "--std", "1")
+    refuse(call, "expected 1 value, got 3", "audit", place / "net.pt", *usual, "--mean", "0.5,0.5,0.5", "--std", "1")
     assert files(tmp_path) == set()
 
 
