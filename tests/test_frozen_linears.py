@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from conftest import gen
@@ -103,3 +106,37 @@ def test_attacks_have_them() -> None:
     seen = sum(event.count for event in profiled.key_averages() if event.key == PRODUCT)
     assert seen >= 4 * HERE, "two layers, there and back"
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Digits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.out = nn.Conv2d(1, 3, 3), nn.Linear(192, 60), nn.Linear(60, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(self.conv(x).relu().flatten(1)))
+
+
+@pytest.mark.parametrize("how", ["the network", "the module itself", "a function in it"])
+def test_compiled_networks_are_attacked_as_they_are(how: str) -> None:
+    """With ``fullgraph``, torch refuses what it cannot trace; two attacks compile what one does."""
+    model: nn.Module = Digits().eval()
+    x, y = torch.rand(9, 1, 10, 10, generator=gen(1)), torch.zeros(9, dtype=torch.long)
+    attack = PGD(threat=Lp("linf", 0.1), steps=2, random_start=False)
+    wanted = craft(attack, model, x, y, gen=gen(0))
+    times: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        times.append(1)
+        return graph.forward
+
+    if how == "the network":
+        model = torch.compile(model, backend=backend, fullgraph=True)
+    elif how == "the module itself":
+        model.compile(backend=backend, fullgraph=True)
+    else:
+        model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    assert torch.allclose(craft(attack, model, x, y, gen=gen(0)), wanted, atol=1e-6)
+    before = len(times)
+    assert torch.allclose(craft(attack, model, x, y, gen=gen(0)), wanted, atol=1e-6)
+    assert before > 0 and (len(times) == before or how == "a function in it")

@@ -37,9 +37,10 @@ class FrozenConvolutions(TorchFunctionMode):
 def quick_gradients(model: nn.Module) -> Iterator[None]:
     """The ``nn.Conv2d`` layers of ``model`` go backward inside as in ``FrozenConvolutions``.
 
-    That mode itself would slow down every operation a little.
+    That mode itself would slow down every operation a little. Where torch compiles, everything stays as it is.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and _plain(m)]
+    layers = [] if is_compiled(model) else layers
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
     try:
@@ -57,7 +58,8 @@ def _plain(layer: nn.Conv2d) -> bool:
 
 def _forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
     how = _Arguments(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _frozen(how) if x.requires_grad and torch.is_grad_enabled() else torch.conv2d(*how)
+    own = not torch.compiler.is_compiling() and x.requires_grad and torch.is_grad_enabled()
+    return _frozen(how) if own else torch.conv2d(*how)
 
 
 def _frozen(convolution: _Arguments) -> Tensor:
@@ -74,6 +76,11 @@ def transformed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is in the hands of ``torch.func``, or of autograd with ``is_grads_batched``."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch compiles ``model`` or a part of it, and would do so again for layers that were replaced."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
 
 
 class _Arguments(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustlens.linalg.frozen_convolutions import transformed
+from robustlens.linalg.frozen_convolutions import is_compiled, transformed
 
 #: Weights, up to which a product is too small to gain.
 SMALL = 4096
@@ -23,9 +23,10 @@ def quick_linears(model: nn.Module) -> Iterator[None]:
 
     The results agree to rounding. torch multiplies by MKL, which leaves the wide instructions of CPUs that are not
     Intel's unused: there oneDNN takes less than half of the time, elsewhere as much. torch's compiler calls the same
-    operation. Inside ``torch.func`` transforms everything stays as it is.
+    operation. Inside ``torch.func`` transforms, and where torch compiles, all stays as it is.
     """
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() > SMALL] if _here() else []
+    apt = _here() and not is_compiled(model)
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() > SMALL] if apt else []
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
@@ -42,6 +43,8 @@ def _here() -> bool:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return F.linear(x, layer.weight, layer.bias)
     weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     frozen = not any(p.requires_grad for p in weights)
     alike = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in (x, *weights))
