@@ -46,7 +46,7 @@ def test_a_study_is_that_of_one_process_though_a_worker_is_killed_and_a_run_fail
 
 
 def test_a_cancelled_study_and_one_whose_driver_is_killed_go_on(place: Place, here: dict[str, RunDirectory]) -> None:
-    place.mark("hold-plain-1", "hold-fast-1", "hold-plain-2")
+    place.mark(*(f"hold-{label}-{epoch}" for label in ("plain", "fast") for epoch in (1, 2)))
     driver = place.start("plain", "fast")
     until(lambda: place.numbers("plain") == place.numbers("fast") == [1], "both runs are at work")
     driver.send_signal(signal.SIGTERM)
@@ -60,11 +60,11 @@ def test_a_cancelled_study_and_one_whose_driver_is_killed_go_on(place: Place, he
     for file in ("hold-plain-1", "hold-fast-1"):
         (place.path / file).unlink()
     driver = place.start("plain", "fast")
-    until(lambda: place.numbers("plain") == [1, 2], "the second driver's run is at work")
+    until(lambda: place.numbers("plain") == place.numbers("fast") == [1, 2], "the second driver's runs are at work")
     driver.kill()
-    orphan = place.epochs("plain")[-1][1]
+    orphans = [place.epochs(label)[-1][1] for label in ("plain", "fast")]
     driver = place.start("plain", "fast")
-    until(lambda: not alive(orphan), "the dead driver's run is ended")
+    until(lambda: not any(map(alive, orphans)), "the dead driver's runs are ended")
     place.release()
     finished(driver)
     runs = by_label(find_runs([place.path / "runs"]))
