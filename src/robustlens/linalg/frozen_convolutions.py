@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, fold, pad
 from torch.overrides import TorchFunctionMode
+
+from robustlens.linalg.frozen import passing, transformed
 
 #: Weights of an output channel, up to which a CPU goes backward by a matrix product.
 FEW = 32
@@ -39,21 +41,14 @@ def quick_gradients(model: nn.Module) -> Iterator[None]:
 
     That mode itself would slow down every operation a little. Where torch compiles, everything stays as it is.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and _plain(m)]
-    layers = [] if is_compiled(model) else layers
-    for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
-    try:
+    with passing(model, [m for m in model.modules() if isinstance(m, nn.Conv2d) and _plain(m)], _forward):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _plain(layer: nn.Conv2d) -> bool:
     """Whether it is torch's own forward pass that runs, and by one convolution."""
     own = type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
-    return own and "forward" not in vars(layer) and layer.padding_mode == "zeros"
+    return own and layer.padding_mode == "zeros"
 
 
 def _forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -70,17 +65,6 @@ def _frozen(convolution: _Arguments) -> Tensor:
         found: Tensor = _Convolution.apply(*convolution)  # type: ignore[no-untyped-call]
         return found
     return torch.conv2d(*convolution)
-
-
-def transformed(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is in the hands of ``torch.func``, or of autograd with ``is_grads_batched``."""
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch compiles ``model`` or a part of it, and would do so again for layers that were replaced."""
-    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
 
 
 class _Arguments(NamedTuple):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustlens.linalg.frozen_convolutions import is_compiled, transformed
+from robustlens.linalg.frozen import passing, transformed
 
 #: Weights, up to which a product is too small to gain.
 SMALL = 4096
@@ -25,16 +24,9 @@ def quick_linears(model: nn.Module) -> Iterator[None]:
     Intel's unused: there oneDNN takes less than half of the time, elsewhere as much. torch's compiler calls the same
     operation. Inside ``torch.func`` transforms, and where torch compiles, all stays as it is.
     """
-    apt = _here() and not is_compiled(model)
-    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() > SMALL] if apt else []
-    layers = [layer for layer in layers if "forward" not in vars(layer)]
-    for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
-    try:
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() > SMALL] if _here() else []
+    with passing(model, layers, _forward):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _here() -> bool:
