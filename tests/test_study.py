@@ -383,3 +383,8 @@ def test_a_batch_norm_that_cannot_be_synchronised_is_refused_before_anything_is_
     plan = make_plan(study)
     with pytest.raises(InputError, match=r"with the layer '2': expected torch\.nn\.BatchNorm2d itself"):
         rehearse(dataclasses.replace(plan.runs[0], model=Flat()), load(study.data), plan.lenses)
+
+
+def test_a_field_that_is_called_as_a_type_is_a_wrong_field() -> None:
+    with pytest.raises(InputError, match=r"field of methods\.0: expected one of .*, got 'str'"):
+        make_study({**settings(), "methods": [{"label": "a", "str": 1}]})

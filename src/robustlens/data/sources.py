@@ -56,12 +56,10 @@ def open_source(config: DataConfig) -> Source:
     if is_bare:
         local = [path.name for path in Path(root).iterdir() if path.is_dir()] if root and Path(root).is_dir() else []
         raise unknown_name("data set", name, {*EMBEDDED, *WELL_KNOWN, *local})
-    raise InputError(
-        "data set",
-        expected="a directory, a Hub id (owner/name) or a known name",
-        got=f"the file {name!r}" if os.path.isfile(path) else repr(name),
-        fix="Give its directory." if os.path.isfile(path) else "There is no such directory: check the path.",
-    )
+    got, fix = repr(name), "There is no such directory: check the path."
+    if os.path.isfile(path):
+        got, fix = f"the file {got}", "Give its directory."
+    raise InputError("data set", expected="a directory, a Hub id (owner/name) or a known name", got=got, fix=fix)
 
 
 def read_directory(directory: Path, image_column: str | None, label_column: str | None) -> Source:

@@ -193,7 +193,7 @@ def validated(cls: type[S], settings: Mapping[str, Any], what: str) -> S:
         # A misspelt key comes first: where it is a required one, it is missed as well.
         problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
         loc = problem["loc"]  # pydantic puts the name of the one chosen behind a choice
-        either = loc[-1:] == ("str",)  # a name, or a table with one
+        either = problem["type"] == "string_type" and loc[-1] == "str"  # a name, or a table with one
         loc = loc[:-1] if either else loc
         where = ".".join(str(part) for k, part in enumerate(loc) if k == 0 or loc[k - 1] not in CHOICES)
         if problem["type"] == "extra_forbidden":

@@ -81,7 +81,8 @@ def examine(
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (the rest is in {kept.name})."
         if script and isinstance(error, RuntimeError):
             said = [line for line in str(error).splitlines() if line.strip(" :") not in ("", "RuntimeError")]
-            why = f"PyTorch cannot do this with TorchScript ({said[-1].strip()}). Use torch.export."
+            last = said[-1].strip() if said else type(error).__name__
+            why = f"PyTorch cannot do this with TorchScript ({last}). Use torch.export."
         reading = Reading(lens.name, "Nothing was measured.", Outcome.failed(why), settings=describe(lens))
     if joined().leads or not isinstance(lens, Resumable):
         directory.write_reading(path, reading)
