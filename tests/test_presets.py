@@ -97,9 +97,11 @@ def test_what_is_given_takes_the_place_of_the_presets() -> None:
 
 
 def test_a_preset_survives_the_study_file(tmp_path: Path) -> None:
-    study = make_study(settings(methods=[{"label": "a", "preset": "trades/mnist@paper"}]))
+    study = make_study(settings(methods=[{"label": "a", "preset": "trades/mnist@paper", "training": {"epochs": 3}}]))
     (tmp_path / "study.toml").write_text(write_study(study))
-    assert read_study(tmp_path / "study.toml") == study
+    back = read_study(tmp_path / "study.toml")
+    (run,), (again,) = make_plan(study).runs, make_plan(back).runs
+    assert back == study and again.settings == run.settings and again.training == run.training
 
 
 def test_training_by_preset_brings_its_data_model_and_threat() -> None:

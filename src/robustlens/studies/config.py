@@ -175,8 +175,11 @@ def make_study(settings: Mapping[str, Any], overrides: Iterable[str] = ()) -> St
 
 
 def write_study(study: StudyConfig) -> str:
-    """The study as TOML text, which ``read_study`` reads back equal."""
-    return tomli_w.dumps(study.model_dump(mode="json", exclude_none=True))
+    """The study as TOML text, which ``read_study`` reads back equal.
+
+    It holds what was given and no defaults: a default beside a preset would take the place of what the preset sets.
+    """
+    return tomli_w.dumps(study.model_dump(mode="json", exclude_none=True, exclude_unset=True))
 
 
 S = TypeVar("S", bound=BaseModel)
