@@ -196,11 +196,10 @@ def slopes_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], 
 
 def heights_along(heights: Heights, x: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """As ``slopes_along`` in one pass, where both can be differentiated by the weights."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, about what it loads for this
-        point = forward_ad.make_dual(x, v)  # type: ignore[no-untyped-call]
-        parts = [forward_ad.unpack_dual(layer) for layer in heights(point)]  # type: ignore[no-untyped-call]
-    return [part.primal for part in parts], [part.tangent for part in parts]
+        values, slopes = torch.func.jvp(heights, (x,), (v,))[:2]
+    return values, slopes
 
 
 def gradient_norms(heights: Heights, x: Tensor, q: float, *, chunk: int, sweep: Sweep | None = None) -> list[Tensor]:
@@ -247,13 +246,16 @@ def norms_by_column(
     be differentiated by the weights, are columns of J along some colours, as in ``gradient_norms``: a pass serves all
     units.
     """
-    copies = max(1, chunk // len(x))
-    many = x.detach().repeat(copies, 1, 1, 1)
-    for along in _colours(sweep, many, copies):
-        _, columns = heights_along(lambda z: observed_until(model, z, call, held=True), many, along)
+    copies, x = max(1, chunk // len(x)), x.detach()
+
+    def column(along: Tensor) -> list[Tensor]:
+        return heights_along(lambda z: observed_until(model, z, call, held=True), x, along)[1]
+
+    for along in _colours(sweep, x.repeat(copies, 1, 1, 1), copies):
+        # The heights themselves are computed once for all colours.
+        columns = torch.func.vmap(column)(along.view(copies, *x.shape))
         with torch.no_grad():
-            slopes = [column if q == 2 else column.sign() for column in columns]
-            slopes = [(p * s.view(-1, *p.shape)).view_as(s) for p, s in zip(shares, slopes, strict=True)]
+            slopes = [p * (c if q == 2 else c.sign()) for p, c in zip(shares, columns, strict=True)]
         yield list(zip(columns, slopes, strict=True))
 
 

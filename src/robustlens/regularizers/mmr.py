@@ -87,7 +87,7 @@ class MMR:
         norm: of the threat: "linf", "l2" or "l1".
         warmup: epochs over which s grows to 1.
         first, last: share of the hidden units that count, in the first and in the last epoch.
-        chunk: images that are processed at a time.
+        chunk: images that are processed at a time; so few stay in a processor's caches.
 
     Raises:
         InputError: a negative weight or warmup, a distance ≤ 0, shares outside [0, 1], a chunk below 1; a network
@@ -105,7 +105,7 @@ class MMR:
     warmup: float = 10.0
     first: float = 0.1
     last: float = 0.02
-    chunk: int = 1024
+    chunk: int = 256
 
     def __post_init__(self) -> None:
         for field, right, expected in (
@@ -142,11 +142,11 @@ class MMR:
         require_relu_regions(model, x, self.name)
         try:
             with evaluating(model):
-                heights_along(lambda z: [model(z)], x, torch.ones_like(x))
+                torch.func.vmap(lambda v: heights_along(lambda z: [model(z)], x, v)[1])(torch.ones_like(x)[None])
         except RuntimeError as error:
             raise InputError(
                 f"a network under {self.name}",
-                expected="layers that can be differentiated in forward mode",
+                expected="layers that can be differentiated in forward mode, under torch.func.vmap",
                 got=str(error).partition("\n")[0],
                 fix="Write the layer with torch's operations, or give its autograd function a jvp.",
             ) from error
