@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import gen
+from conftest import forked, gen
 from torch import Tensor, nn
 
 from robustlens.attacks.carlini_wagner import CarliniWagner
 from robustlens.attacks.ddn import DDN
 from robustlens.attacks.deepfool import DeepFool
+from robustlens.attacks.fab import FAB
 from robustlens.attacks.fmn import FMN
 from robustlens.attacks.linear import LinearExact
 from robustlens.attacks.smallest import nearest_on_segment
@@ -212,3 +213,32 @@ def test_bisection_finds_the_crossing_and_keeps_its_wrong_side(five: nn.Module) 
 def test_settings_that_cannot_work_are_refused(cls: type, settings: dict) -> None:
     with pytest.raises(InputError):
         cls(**{"threat": Lp("l2", 1.0), **settings})
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        FMN(threat=WHOLE["linf"]),
+        FMN(threat=WHOLE["l2"]),
+        DDN(threat=WHOLE["l2"]),
+        SuperDeepFool(threat=WHOLE["l2"]),
+        SuperDeepFool(threat=WHOLE["linf"]),
+        DeepFool(threat=WHOLE["linf"]),
+        CarliniWagner(threat=WHOLE["l2"], steps=100, step_size=0.05),
+        FAB(threat=WHOLE["linf"], steps=20, minimal=True),
+        FAB(threat=WHOLE["l2"], steps=20, minimal=True, targets=3),
+    ],
+    ids=str,
+)
+def test_what_single_precision_finds_is_wrong_in_double(attack: Attack) -> None:
+    """On the boundary rounding decides, and it differs from one pass to the next; the exact answer must be wrong."""
+    with forked():
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 4))
+    with torch.no_grad():
+        model[3].weight *= 30.0
+    x = torch.rand(300, 1, 8, 8, generator=gen(4))
+    seen = evaluate(attack, model, predicted(model, x), gen=gen())
+    exact = model.double()(seen.x_adv.double()).argmax(1)
+    still_right = int((exact == seen.clean_logits.argmax(1)).sum())
+    assert not seen.robust.any() and still_right == 0

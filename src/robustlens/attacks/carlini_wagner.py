@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import dual_size, margin_and_slope, require_l2
+from robustlens.attacks.smallest import dual_size, margin_and_slope, require_l2, rounding
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
@@ -95,18 +95,18 @@ class CarliniWagner:
         threat = self.threat
         assert isinstance(threat, Lp)
         answer = x.clone()
-        margin, slope = margin_and_slope(model, x, y)
+        margin, slope, logits = margin_and_slope(model, x, y)
         right = margin > 0
         if not bool(right.any()):
             return answer
-        x, y, margin = x[right], y[right], margin[right]
+        x, y, margin, room = x[right], y[right], margin[right], rounding(logits)[right]
         size = dual_size(threat, slope[right])
         c = self.first_c * torch.where(size > 0, 2 * margin / size / size, 1.0)
         c = c.clamp_max(torch.finfo(c.dtype).max ** 0.75)  # tenfold some times, it must stay a number
         failed, worked = torch.zeros_like(c), torch.full_like(c, torch.inf)
         nearest, smallest = x, torch.full_like(c, torch.inf)
         for _ in range(self.searches):
-            found, distance = self._descend(threat, model, x, y, c)
+            found, distance = self._descend(threat, model, x, y, c, room)
             met = torch.isfinite(distance)
             closer = distance < smallest
             kept = closer | ~torch.isfinite(smallest)
@@ -117,7 +117,9 @@ class CarliniWagner:
         answer[right] = nearest
         return answer
 
-    def _descend(self, threat: Lp, model: nn.Module, x: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def _descend(
+        self, threat: Lp, model: nn.Module, x: Tensor, y: Tensor, c: Tensor, room: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The nearest wrong z (B, C, H, W) on the way to the minimum for ``c`` (B,) and its distance (B,).
 
         Where there was none, the last z and an infinite distance.
@@ -131,7 +133,7 @@ class CarliniWagner:
             w = w.detach().requires_grad_()
             with torch.enable_grad():
                 z = threat.low + width * (torch.tanh(w) + 1) / 2
-                margin = logit_margin(model(z), y)
+                margin = logit_margin(model(z), y) + room
                 squared = (z - x).square().flatten(1).sum(1)
                 loss = squared + c * (margin + self.confidence).clamp_min(0)
                 (slope,) = torch.autograd.grad(loss.sum(), w)
@@ -151,7 +153,7 @@ class CarliniWagner:
                     going = loss <= FELL * before
                     if not bool(going.all()):
                         alive, w, mean, square = alive[going], w[going], mean[going], square[going]
-                        x, y, c, loss = x[going], y[going], c[going], loss[going]
+                        x, y, c, room, loss = x[going], y[going], c[going], room[going], loss[going]
                         if len(alive) == 0:
                             break
                     before = loss.detach()

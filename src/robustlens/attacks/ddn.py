@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import require_l2, smaller
+from robustlens.attacks.smallest import require_l2, rounding, smaller
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
@@ -84,10 +84,12 @@ class DDN:
         tiny = torch.finfo(x.dtype).tiny
         delta, nearest = torch.zeros_like(x), torch.zeros_like(x)
         smallest = torch.full_like(x[:, 0, 0, 0], torch.inf)
-        radius = torch.full_like(smallest, self.init_norm)
+        radius, room = torch.full_like(smallest, self.init_norm), torch.zeros_like(smallest)
         farthest = threat.size((x - threat.low).maximum(threat.high - x))
         for step in range(self.steps):
-            margin, slope = _ascent(model, x + delta, y)
+            margin, slope, logits = _ascent(model, x + delta, y)
+            room = rounding(logits) if step == 0 else room
+            margin += room
             nearest, smallest = smaller(threat, margin, delta, nearest, smallest)
             alpha = self.step_size * (0.01 + 0.99 * (1 + math.cos(math.pi * step / self.steps)) / 2)
             delta = delta + alpha * threat.ascend(slope, floor=tiny)
@@ -95,17 +97,17 @@ class DDN:
             direction = threat.ascend(delta, floor=tiny)
             delta = (x + radius[:, None, None, None] * direction).clamp(threat.low, threat.high) - x
         with torch.no_grad():
-            margin = logit_margin(model(x + delta), y)
+            margin = logit_margin(model(x + delta), y) + room
         nearest, smallest = smaller(threat, margin, delta, nearest, smallest)
         return x + torch.where(torch.isfinite(smallest)[:, None, None, None], nearest, delta)
 
 
-def _ascent(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit margin (B,), and ∇u (B, C, H, W), which is along the gradient of the cross-entropy."""
+def _ascent(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logit margin (B,); ∇u (B, C, H, W), along the gradient of the cross-entropy; and the logits (B, K)."""
     point = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
         others = logits.scatter(1, y[:, None], -torch.inf)
         u = others.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]
         (slope,) = torch.autograd.grad(u.sum(), point)
-    return logit_margin(logits.detach(), y), slope
+    return logit_margin(logits.detach(), y), slope, logits.detach()

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import linearised_step, require_smooth_norm
+from robustlens.attacks.smallest import linearised_step, require_smooth_norm, rounding
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
 from robustlens.linalg.rivals import rivals
@@ -35,8 +35,8 @@ class DeepFool:
     nothing wrong was met, the last z comes back; the choke point sees that it is right. An image that is wrong already
     comes back as it is.
 
-    Costs at most ``steps`` × ``rivals`` input passes; 2 to 5 steps do for most images, and finished ones leave the
-    batch.
+    Costs at most ``steps`` × ``rivals`` input passes and a forward pass; 2 to 5 steps do for most images, and
+    finished ones leave the batch.
 
     Attributes:
         threat: norm (ℓ2 or ℓ∞), radius and box.
@@ -66,14 +66,17 @@ class DeepFool:
 
     @property
     def passes(self) -> Passes:
-        return Passes(inputs=self.steps * self.rivals)
+        return Passes(inputs=self.steps * self.rivals, forward=1)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         threat = self.threat
         assert isinstance(threat, Lp)
+        with torch.no_grad():
+            room = rounding(model(x))
         reached, alive = x.clone(), torch.arange(len(x), device=x.device)
         for _ in range(self.steps):
             leads, slopes = rivals(model, reached[alive], y[alive], self.rivals)
+            leads = leads + room[alive, None]
             right = leads[:, 0] > 0
             alive, leads, slopes = alive[right], leads[right], slopes[right]
             if len(alive) == 0:

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import nearest_on_segment
+from robustlens.attacks.smallest import nearest_on_segment, rounding
 from robustlens.attacks.tries import together
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
@@ -48,7 +48,7 @@ class FAB:
     next to z instead of a step back from it. Where the network is affine between z and v, both are the same plane.
 
     Costs at most ``steps`` input passes (9 ``steps``, untargeted) and two forward passes for each target and restart,
-    and ``bisections`` forward passes.
+    and ``bisections`` + 2 forward passes.
 
     Attributes:
         threat: norm, radius and box.
@@ -105,14 +105,17 @@ class FAB:
         backward = self.restarts * (self.targets or RIVALS)
         return Passes(
             inputs=self.steps * backward,
-            forward=(1 if self.minimal else 2) * runs + (self.targets is not None) + self.bisections,
+            forward=(1 if self.minimal else 2) * runs + self.bisections + 2,
         )
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, gen: Generator) -> Tensor:
         threat = self.threat
         assert isinstance(threat, Lp)
         nearest, smallest = x.clone(), torch.full_like(x[:, 0, 0, 0], torch.inf)
-        targets = self._targets(model, x, y)
+        with torch.no_grad():
+            logits = model(x)
+        room = rounding(logits)
+        targets = None if self.targets is None else strongest(logits, y, self.targets)  # one run after the other
         tries, done = self.restarts * (1 if targets is None else targets.shape[1]), 0
         while done < tries:
             todo = (smallest > self._enough).nonzero()[:, 0]
@@ -126,13 +129,13 @@ class FAB:
                 start = _around(threat, start, distance, for_part(gen, todo, len(x)))
             rows = todo.repeat(count)
             towards = None if targets is None else targets[todo, first : first + count].T.flatten()
-            point, size = self._search(threat, model, start.repeat(count, 1, 1, 1), x[rows], y[rows], towards)
+            found = self._search(threat, model, start.repeat(count, 1, 1, 1), x[rows], y[rows], towards, room[rows])
             if not self.minimal:
-                point, size = _drawn_in(threat, model, point, x[rows], y[rows], size)
-            for found, distance in zip(point.chunk(count), size.chunk(count), strict=True):
+                found = _drawn_in(threat, model, *found, x[rows], y[rows], room[rows])
+            for point, distance in zip(found[0].chunk(count), found[1].chunk(count), strict=True):
                 known = smallest[todo]
                 better = ((distance < known) & (known > self._enough)) | known.isinf()
-                nearest[todo[better]], smallest[todo[better]] = found[better], distance[better]
+                nearest[todo[better]], smallest[todo[better]] = point[better], distance[better]
             done += count
         far = (smallest.isfinite() & (smallest > self._enough)).nonzero()[:, 0]
         if len(far):
@@ -144,34 +147,27 @@ class FAB:
         """The distance at which an image leaves."""
         return 0.0 if self.minimal else self.threat.eps
 
-    def _targets(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
-        """The classes (B, T) of each image to run towards, one run after the other."""
-        if self.targets is None:
-            return None
-        with torch.no_grad():
-            return strongest(model(x), y, self.targets)
-
     def _search(
-        self, threat: Lp, model: nn.Module, start: Tensor, x: Tensor, y: Tensor, target: Tensor | None
+        self, threat: Lp, model: nn.Module, start: Tensor, x: Tensor, y: Tensor, target: Tensor | None, room: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One run: the nearest wrong z (B, C, H, W) and its distance (B,); the last z and ∞ where none was wrong."""
         nearest, smallest = start.clone(), torch.full_like(x[:, 0, 0, 0], torch.inf)
         alive, point = torch.arange(len(x), device=x.device), start
         for _ in range(self.steps):
-            margin, ahead, slope = _plane(threat, model, point, y, target)
+            margin, ahead, slope = _plane(threat, model, point, y, target, room)
             wrong, size = margin <= 0, threat.distance(point, x)
             better = wrong & (size < smallest[alive])
             nearest[alive[better]], smallest[alive[better]] = point[better], size[better]
             going = ~(wrong & (size <= self._enough))
             if not bool(going.all()):
                 alive, point, x, y, wrong = alive[going], point[going], x[going], y[going], wrong[going]
-                ahead, slope = ahead[going], slope[going]
+                ahead, slope, room = ahead[going], slope[going], room[going]
                 target = None if target is None else target[going]
                 if len(alive) == 0:
                     return nearest, smallest
             point = self._moved(threat, point, x, wrong, ahead, slope)
         with torch.no_grad():
-            wrong, size = logit_margin(model(point), y) <= 0, threat.distance(point, x)
+            wrong, size = logit_margin(model(point), y) <= -room, threat.distance(point, x)
         better = wrong & (size < smallest[alive])
         nearest[alive[better]], smallest[alive[better]] = point[better], size[better]
         never = smallest[alive].isinf()
@@ -191,21 +187,26 @@ class FAB:
         return torch.lerp(near, drawn, alpha[:, None]).clamp_(threat.low, threat.high).view_as(z)
 
 
-def _drawn_in(threat: Lp, model: nn.Module, z: Tensor, x: Tensor, y: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def _drawn_in(
+    threat: Lp, model: nn.Module, z: Tensor, size: Tensor, x: Tensor, y: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor]:
     """The nearest allowed point to ``z`` and its distance where the model is wrong there, else ``z`` and ``size``."""
     with torch.no_grad():
         inside = threat.project(z, x)
-        wrong = logit_margin(model(inside), y) <= 0
+        wrong = logit_margin(model(inside), y) <= -room
     return torch.where(wrong[:, None, None, None], inside, z), torch.where(wrong, threat.distance(inside, x), size)
 
 
-def _plane(threat: Lp, model: nn.Module, z: Tensor, y: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The margin (B,) of the right class, and (f_k − f_y)(z) (B,) and its gradient (B, C, H, W).
+def _plane(
+    threat: Lp, model: nn.Module, z: Tensor, y: Tensor, target: Tensor | None, room: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The margin (B,) of the right class, and (f_k − f_y)(z) (B,), less ``room`` (B,), and its gradient (B, C, H, W).
 
     k is ``target`` (B,), or for None the rival whose plane is the nearest: |f_k − f_y| / ‖∇(f_k − f_y)‖_q is smallest.
     """
     if target is None:
         leads, slopes = rivals(model, z, y, RIVALS)
+        leads = leads + room[:, None]
         flat = slopes.flatten(2)
         largest = flat.abs().amax(2).clamp_min(torch.finfo(z.dtype).tiny)
         sizes = torch.linalg.vector_norm(flat / largest[..., None], ord=DUAL[threat.norm], dim=2)
@@ -217,7 +218,7 @@ def _plane(threat: Lp, model: nn.Module, z: Tensor, y: Tensor, target: Tensor | 
         logits = model(point)
         ahead = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
     (slope,) = torch.autograd.grad(ahead.sum(), point)
-    return logit_margin(logits.detach(), y), ahead.detach(), slope
+    return logit_margin(logits.detach(), y) + room, ahead.detach() - room, slope
 
 
 def _around(threat: Lp, x: Tensor, distance: Tensor, gen: Generator) -> Tensor:

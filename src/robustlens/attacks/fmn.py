@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from robustlens.attacks.smallest import dual_size, margin_and_slope, require_smooth_norm, smaller
+from robustlens.attacks.smallest import dual_size, margin_and_slope, require_smooth_norm, rounding, smaller
 from robustlens.core.criterion import logit_margin
 from robustlens.core.passes import Passes
 from robustlens.core.types import Threat
@@ -83,10 +83,12 @@ class FMN:
         assert isinstance(threat, Lp)
         delta, nearest = torch.zeros_like(x), torch.zeros_like(x)
         smallest = torch.full_like(x[:, 0, 0, 0], torch.inf)
-        radius = torch.zeros_like(smallest)
+        radius = room = torch.zeros_like(smallest)
         first = self.step_size or (3.0 if threat.norm == "linf" else 1.0)
         for step in range(self.steps):
-            margin, slope = margin_and_slope(model, x + delta, y)
+            margin, slope, logits = margin_and_slope(model, x + delta, y)
+            room = rounding(logits) if step == 0 else room
+            margin += room
             nearest, smallest = smaller(threat, margin, delta, nearest, smallest)
             fall = (1 + math.cos(math.pi * step / self.steps)) / 2
             alpha = first * (0.01 + 0.99 * fall)
@@ -101,7 +103,7 @@ class FMN:
             delta = _into_ball(threat, delta + alpha * direction, radius)
             delta = (x + delta).clamp(threat.low, threat.high) - x
         with torch.no_grad():
-            margin = logit_margin(model(x + delta), y)
+            margin = logit_margin(model(x + delta), y) + room
         nearest, smallest = smaller(threat, margin, delta, nearest, smallest)
         return x + torch.where(torch.isfinite(smallest)[:, None, None, None], nearest, delta)
 
