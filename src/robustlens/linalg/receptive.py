@@ -58,7 +58,7 @@ def cheapest_sweep(fields: Sequence[Tensor]) -> Sweep:
     pixels, units = fields[0].shape[0], [field.shape[1] for field in fields]
     best, fewest = Sweep(torch.zeros(pixels, dtype=torch.int64), 0), sum(units)
     for layers in range(1, len(fields) + 1):
-        colour = _colours(fields[:layers])
+        colour = colours(fields[:layers])
         sweep = Sweep(colour, layers)
         cost = sweep.colours + sum(units[layers:])
         if cost <= fewest:
@@ -66,8 +66,8 @@ def cheapest_sweep(fields: Sequence[Tensor]) -> Sweep:
     return best
 
 
-def _colours(fields: Sequence[Tensor]) -> Tensor:
-    """Colours (pixels,) from 0 on; no unit sees two pixels of one colour."""
+def colours(fields: Sequence[Tensor]) -> Tensor:
+    """Colours (pixels,) from 0 on; no unit of the layers with these ``fields`` sees two pixels of one colour."""
     pixels = len(fields[0])
     if any(field.numel() > LARGEST or bool(field.all()) for field in fields):
         return torch.arange(pixels)

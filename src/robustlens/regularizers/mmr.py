@@ -15,7 +15,7 @@ from robustlens.core.passes import Passes
 from robustlens.core.second_derivative import require_second_derivative
 from robustlens.core.types import Crafted, Moment, Terms
 from robustlens.linalg.frozen_convolutions import FrozenConvolutions
-from robustlens.linalg.receptive import Sweep, cheapest_sweep, receptive_fields
+from robustlens.linalg.receptive import Sweep, cheapest_sweep, colours, receptive_fields
 from robustlens.linalg.regions import (
     DUAL,
     Heights,
@@ -30,10 +30,10 @@ from robustlens.results.errors import InputError
 from robustlens.threats.lp import NORMS, Norm
 
 #: What is remembered of the network from step to step.
-COLOUR, LAYERS = "mmr/colour", "mmr/layers"
+COLOURS = "mmr/colours"
 
 #: How many rows of the Jacobian cost as much as a colour with all that is pulled along it.
-COLUMN = 1.5
+COLUMN = 0.45
 
 
 #: A part of the penalty's value, and tensors with the slopes (None for 1) that the penalty has by them.
@@ -212,22 +212,25 @@ class MMR:
 
     def _sweep(self, heights: Heights, x: Tensor, moment: Moment) -> Sweep:
         """How the network's norms are found, which stays the same from step to step."""
-        memory = moment.memory
-        if COLOUR not in memory:
-            found = cheapest_sweep(receptive_fields(heights, x, chunk=self.chunk))
-            memory[COLOUR], memory[LAYERS] = found.colour, torch.tensor(found.layers)
-        return _remembered(moment)
+        if COLOURS not in moment.memory:
+            fields = receptive_fields(heights, x, chunk=self.chunk)
+            each = [colours(fields[: k + 1]) for k in range(cheapest_sweep(fields).layers)]
+            moment.memory[COLOURS] = torch.stack(each) if each else torch.zeros(0, x[0].numel(), dtype=torch.int64)
+        return _sweeps(moment)[-1]
 
     def _parts(self, model: nn.Module, crafted: Crafted, found: list[Near]) -> Iterator[Part]:
         """What sums to the penalty, and to its gradient."""
-        sweep = _remembered(crafted.batch.moment)
-        layers = min(sweep.layers, len(found) - 1)  # not the classes
-        rows = sum(len(near.unit) for near in found[:layers])
-        many = rows > COLUMN * sweep.colours * len(crafted.batch)
-        by_column = layers if many and self.norm != "l1" else 0
-        if by_column:
-            yield from self._by_column(model, crafted, found[:by_column], sweep)
-        for layer in range(by_column, len(found)):
+        sweeps = _sweeps(crafted.batch.moment)[: len(found) if self.norm != "l1" else 1]  # not the classes
+        rows = [len(near.unit) for near in found]
+
+        def passes(sweep: Sweep) -> float:
+            columns = COLUMN * sweep.colours * len(crafted.batch) if sweep.layers else 0
+            return columns + sum(rows[sweep.layers : len(sweeps) - 1])
+
+        sweep = min(sweeps, key=passes)
+        if sweep.layers:
+            yield from self._by_column(model, crafted, found[: sweep.layers], sweep)
+        for layer in range(sweep.layers, len(found)):
             for first in range(0, len(found[layer].unit), self.chunk):
                 part = slice(first, first + self.chunk)
                 example, unit, size = (entry[part] for entry in found[layer][:3])
@@ -270,8 +273,10 @@ class MMR:
             yield 0.0, behind
 
 
-def _remembered(moment: Moment) -> Sweep:
-    return Sweep(moment.memory[COLOUR], int(moment.memory[LAYERS]))
+def _sweeps(moment: Moment) -> list[Sweep]:
+    """Those of no layer, of the first one, of the first two, …, as far as columns are cheaper than rows."""
+    each = moment.memory[COLOURS]
+    return [Sweep(each.new_zeros(each.shape[1]), 0), *(Sweep(colour, k + 1) for k, colour in enumerate(each))]
 
 
 def _scalar(part: Tensor) -> Part:
