@@ -55,8 +55,8 @@ def affine(net: nn.Sequential, image: Tensor) -> tuple[list[tuple[Tensor, Tensor
         if isinstance(layer, nn.Linear):
             v, z = v @ layer.weight.T, z @ layer.weight.T + layer.bias
         elif isinstance(layer, nn.Conv2d):
-            v = F.conv2d(v, layer.weight, padding=layer.padding)
-            z = F.conv2d(z, layer.weight, layer.bias, padding=layer.padding)
+            v = F.conv2d(v, layer.weight, stride=layer.stride, padding=layer.padding)
+            z = F.conv2d(z, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
         elif isinstance(layer, nn.BatchNorm2d):
             slope = (layer.weight / (layer.running_var + layer.eps).sqrt())[:, None, None]
             v, z = v * slope, (z - layer.running_mean[:, None, None]) * slope + layer.bias[:, None, None]
@@ -115,6 +115,27 @@ def test_value_and_gradient_against_dense_matrices(
     ):
         assert torch.allclose(a, torch.zeros_like(a) if b is None else b, rtol=1e-8, atol=1e-12)
         assert b is None or bool(a.any())
+
+
+@pytest.mark.parametrize(("column", "by_column"), [(0.0, [2]), (3.0, [1]), (float("inf"), [])])
+def test_every_layer_goes_the_cheaper_way(
+    column: float, by_column: list[int], images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 colours serve the first layer's 48 units, 16 the second one's 16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        first, second = nn.Conv2d(1, 3, 2, stride=2), nn.Conv2d(3, 4, 2, stride=2)
+        net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(16, 4)).double()
+    mmr, seen, by = MMR(gamma_b=3.0, gamma_d=0.6, first=0.9, last=0.9), [], MMR._by_column
+    monkeypatch.setattr("robustlens.regularizers.mmr.COLUMN", column)
+    monkeypatch.setattr(MMR, "_by_column", lambda *args: seen.append(args[-1].layers) or by(*args))
+    crafted, terms = step(net, images, labels, Moment(epoch=9.5))
+    ours = mmr.penalty(net, crafted, terms, gen=gen())
+    theirs = printed(net, crafted.batch, mmr, 1.0, int(0.9 * 64))
+    assert seen == by_column and float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-10)
+    weights = list(net.parameters())
+    pairs = zip(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) and bool(a.any()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("column", [0.0, float("inf")], ids=["by column", "by row"])
