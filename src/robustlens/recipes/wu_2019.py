@@ -280,7 +280,7 @@ RECIPES: tuple[Recipe, ...] = (
         studies=lambda scale: [small("mnist", scale, n=500, epochs=20)],
         printed=tuple(rows("mnist", TABLE2["mnist", "lenet-small"], ("MMR", "AMR, paper", "AMR, sound"))),
         expects={
-            "laptop": "4 hours of one core, all but minutes of it MMR's (6 steps measured)",
+            "laptop": "two hours of two processes, of a core each, all but ten minutes of it MMR's (measured)",
             "paper": "2 hours of one GPU for three seeds (estimated)",
         },
         differs=f"{KEPT} MMR's published ℓ2 model has γ 0.45, λ 3. laptop: 20 epochs instead of 100 and 200, "
