@@ -219,6 +219,7 @@ def test_a_recipe_from_the_command_line_to_the_summary(tmp_path: Path) -> None:
         assert ours == theirs and max(len(bits) for *_, bits in ours) == 20
     text = (tmp_path / "docs" / "reproduction.md").read_text()
     assert "| ε = 0.4 | test | 99.86 % |" in text and "`004-gap-grows`" in text and record["command"] in text
+    assert "Trained at" not in text, "the commit that measured them has trained them too"
     verdicts = [row["verdict"] for row in record["rows"]]
     assert "| [004-table1](#004-table1-smoke-scale) | smoke | 6 |" in text and "## 004-table1 (smoke scale)" in text
     lines = [next(line for line in text.splitlines() if at in line) for at in ("| networks |", "| [004-table1]")]

@@ -83,8 +83,8 @@ def _section(record: dict[str, Any], place: Path) -> str:
         f"{record['networks']} networks, {seconds(record['training_seconds'])} of training on {machine['device']} "
         f"({machine['cores']} cores, torch {machine['torch']})."
     )
-    if record.get("trained at"):
-        facts += f" Trained at {', '.join(record['trained at'])}."
+    if earlier := [commit for commit in record.get("trained at", ()) if commit != record["commit"]]:
+        facts += f" Trained at {', '.join(earlier)}."
     lines = [f"## {record['recipe']} ({record['scale']} scale)\n", f"{record['what']} [{record['paper']}].\n"]
     lines += [f"{facts}\n", f"{record['differs']}\n"]
     if record["rows"]:
