@@ -13,6 +13,8 @@ from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustlens.linalg import spectra
+from robustlens.linalg.lapack import gram_eigenvalues
 from robustlens.linalg.layers import ConvOperator, LinearOperator, Skipped, operators
 from robustlens.linalg.spectra import (
     circular_conv_norm,
@@ -132,6 +134,29 @@ def test_every_frequency_counts_as_often_as_it_should(size: tuple[int, int]) -> 
     symbols = np.fft.fft2(kernel.permute(2, 3, 0, 1).numpy(), size, axes=(0, 1))
     truth = np.sort(np.linalg.svd(symbols, compute_uv=False).ravel())[::-1]
     np.testing.assert_allclose(circular_conv_spectrum(kernel, size).numpy(), truth, rtol=1e-9, atol=1e-14)
+
+
+def test_frequencies_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers of large images have them. Most chunks hold no frequency that is its own mirror image."""
+    kernel = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    together = circular_conv_spectrum(kernel, (8, 6)), circular_conv_norm(kernel, (8, 6))
+    monkeypatch.setattr(spectra, "CHUNK", 3 * 12)
+    apart = circular_conv_spectrum(kernel, (8, 6)), circular_conv_norm(kernel, (8, 6))
+    assert torch.allclose(apart[0], together[0], rtol=1e-12) and apart[1] == pytest.approx(together[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("complex_numbers", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (7, 1), (30, 41), (64, 33), (70, 70)])
+def test_eigenvalues_of_gram_matrices(rows: int, columns: int, complex_numbers: bool) -> None:
+    """Against NumPy's singular values."""
+    draw = np.random.default_rng(0).standard_normal
+    matrices = draw((3, rows, columns)) + (1j * draw((3, rows, columns)) if complex_numbers else 0.0)
+    truth = np.linalg.svd(matrices, compute_uv=False)[:, ::-1] ** 2
+    np.testing.assert_allclose(gram_eigenvalues(matrices), truth, rtol=1e-9, atol=1e-13 * truth.max())
+    for broken in (np.nan, np.inf):
+        matrices[1, 0, 0] = broken
+        with pytest.raises(np.linalg.LinAlgError):
+            gram_eigenvalues(matrices)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

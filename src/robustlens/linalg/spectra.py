@@ -16,10 +16,13 @@ Everything runs in float64 and complex128, on the GPU where the weights are on o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +31,9 @@ from robustlens.results.errors import InputError
 
 Pair = tuple[int, int]
 
-#: Complex numbers that the symbols of one chunk of frequencies may hold (64 MiB in complex128).
-CHUNK = 4 * 2**20
+#: Complex numbers that the symbols of one chunk of frequencies may hold (64 MiB in complex128), and those that a worker
+#: on the CPU computes at a time, which its cache can hold.
+CHUNK, CACHED = 4 * 2**20, 2**16
 
 
 def linear_spectrum(weight: Tensor) -> Tensor:
@@ -54,16 +58,18 @@ def circular_conv_spectrum(
         InputError: ``size`` is not a multiple of ``stride``.
     """
     narrow, copies = _apart(kernel, size, stride, dilation)
-    values = []
+    values: list[Tensor] = []
     for block in blocks(kernel, narrow, stride, dilation, groups):
-        once, twice = by_workers(_values, block.parts[~block.twice, :1], block.parts[block.twice])
-        values += [torch.cat([part.flatten() for part in once]).repeat(copies)]
-        values += [torch.cat([part.flatten() for part in twice]).repeat(2 * copies)] if twice else []
-    return torch.cat(values).sort(descending=True).values.cpu()
+        at_once = max(1, (CHUNK if block.taps.is_cuda else CACHED) // block.taps[0].numel())
+        phases = block.phase[block.twice], block.phase[~block.twice].real
+        twice, once = by_workers(partial(_values, block.taps), *phases, size=at_once)
+        values += [*once, *(part.repeat(2) for part in twice)]
+    found = np.sort(torch.cat(values).repeat(copies).cpu().numpy())  # torch's takes ten times as long
+    return torch.from_numpy(found[::-1].copy())
 
 
-def _values(parts: Tensor) -> Tensor:
-    return singular_values(*parts.unbind(1))
+def _values(taps: Tensor, phase: Tensor) -> Tensor:
+    return singular_values(_symbols(phase, taps)).flatten()
 
 
 def circular_conv_norm(
@@ -77,7 +83,7 @@ def circular_conv_norm(
     largest = 0.0
     narrow, _ = _apart(kernel, size, stride, dilation)
     for block in blocks(kernel, narrow, stride, dilation, groups):
-        (squares,) = by_workers(_largest_square, block.symbols.flatten(0, 1), parts=1)
+        (squares,) = by_workers(_largest_square, block.symbols.flatten(0, 1))
         largest = max(largest, *squares)
     return math.sqrt(largest)
 
@@ -160,19 +166,26 @@ def round_up(size: Pair, stride: Pair) -> Pair:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """``parts`` (F, 2, groups, c_out/groups, c_in·s²/groups): the symbols' real and imaginary parts, float64.
+    """``phase`` (F, k_h·k_w) holds exp(2πi ⟨f, a⟩ / m) of every tap; ``twice`` (F,): stands for −f as well.
 
-    ``twice`` (F,): stands for −f as well. ``phase`` (F, k_h·k_w) holds exp(2πi ⟨f, a⟩ / m) of every tap.
+    ``taps`` (k_h·k_w, groups, c_out/groups, c_in·s²/groups): the kernel on the sub-images, float64.
     """
 
-    parts: Tensor
-    twice: Tensor
     phase: Tensor
+    twice: Tensor
+    taps: Tensor
 
     @property
     def symbols(self) -> Tensor:
         """(F, groups, c_out/groups, c_in·s²/groups), complex128."""
-        return torch.complex(self.parts[:, 0], self.parts[:, 1])
+        return _symbols(self.phase, self.taps)
+
+
+def _symbols(phase: Tensor, taps: Tensor) -> Tensor:
+    """Σ_t ``phase[:, t]``·``taps[t]``, real where ``phase`` is."""
+    flat = taps.flatten(1)
+    found = torch.complex(phase.real @ flat, phase.imag @ flat) if phase.is_complex() else phase @ flat
+    return found.reshape(-1, *taps.shape[1:])
 
 
 def sub_images(taps: int, dilation: int, stride: int) -> Tensor:
@@ -191,27 +204,26 @@ def blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int
     (nh, nw), (sh, sw) = size, stride
     c_out, c_in, kh, kw = kernel.shape
     mh, mw = nh // sh, nw // sw
-    taps = _precise(kernel).reshape(groups, c_out // groups, c_in, kh, kw)
-    real, device = taps.dtype, taps.device
+    kernel, device, real = kernel.detach().to(_device(kernel)), _device(kernel), torch.float64
     down, right = (torch.arange(k, device=device) * d for k, d in ((kh, dilation[0]), (kw, dilation[1])))
-    rows, cols = sub_images(kh, dilation[0], sh).to(device), sub_images(kw, dilation[1], sw).to(device)
-    split = torch.einsum("gopyx,ay,bx->yxgopab", taps, rows, cols).reshape(kh * kw, -1)
-    width = c_in * sh * sw
+    split = torch.zeros(kh, kw, c_out, c_in, sh, sw, dtype=real, device=device)
+    for y, x in itertools.product(range(kh), range(kw)):
+        split[y, x, :, :, y * dilation[0] % sh, x * dilation[1] % sw] = kernel[:, :, y, x]
+    taps = split.reshape(kh * kw, groups, c_out // groups, c_in * sh * sw)
 
     u, v = torch.meshgrid(torch.arange(mh, device=device), torch.arange(mw // 2 + 1, device=device), indexing="ij")
     own_column = (v == 0) | (2 * v == mw)
     own_row = (u == 0) | (2 * u == mh)
     needed = ~own_column | (2 * u <= mh)
     u, v, twice = u[needed][:, None, None], v[needed][:, None, None], ~(own_column & own_row)[needed]
-    step = max(1, CHUNK // (c_out * width))
+    step = max(1, CHUNK // taps[0].numel())
     for at in range(0, len(u), step):
         here = slice(at, at + step)
         # Integer remainders before the division keep the angle exact for kernels larger than the image.
         turn_y = (u[here] * (down // sh)[:, None] % mh).to(real) / mh
         turn_x = (v[here] * (right // sw) % mw).to(real) / mw
         phase = torch.exp(2j * torch.pi * (turn_y + turn_x)).reshape(-1, kh * kw)
-        parts = torch.view_as_real(phase).mT.reshape(-1, kh * kw) @ split
-        yield Block(parts.reshape(-1, 2, groups, c_out // groups, width), twice[here], phase)
+        yield Block(phase, twice[here], taps)
 
 
 def _check_stride(size: Pair, stride: Pair) -> None:
@@ -222,5 +234,9 @@ def _check_stride(size: Pair, stride: Pair) -> None:
 
 
 def _precise(weight: Tensor) -> Tensor:
-    """``weight`` in float64, on its CUDA device or else on the CPU (not every accelerator has float64)."""
-    return weight.detach().to(device=weight.device if weight.is_cuda else "cpu", dtype=torch.float64)
+    return weight.detach().to(device=_device(weight), dtype=torch.float64)
+
+
+def _device(weight: Tensor) -> torch.device:
+    """The CUDA device of ``weight``, or else the CPU: not every accelerator has float64."""
+    return weight.device if weight.is_cuda else torch.device("cpu")
