@@ -127,10 +127,11 @@ def test_small_values_beside_large_ones_are_not_lost() -> None:
     assert torch.allclose(found, truth, rtol=1e-7, atol=1e-15)
 
 
+@pytest.mark.parametrize("channels", [(3, 4), (26, 31), (31, 26)])
 @pytest.mark.parametrize("size", [(4, 4), (5, 6), (7, 7), (1, 8), (6, 1)])
-def test_every_frequency_counts_as_often_as_it_should(size: tuple[int, int]) -> None:
+def test_every_frequency_counts_as_often_as_it_should(size: tuple[int, int], channels: tuple[int, int]) -> None:
     """Against the full transform of every frequency, as Sedghi, Gupta and Long compute it."""
-    kernel = torch.randn(3, 4, 1 if size[0] == 1 else 3, 1 if size[1] == 1 else 3, dtype=torch.float64)
+    kernel = torch.randn(*channels, 1 if size[0] == 1 else 3, 1 if size[1] == 1 else 3, dtype=torch.float64)
     symbols = np.fft.fft2(kernel.permute(2, 3, 0, 1).numpy(), size, axes=(0, 1))
     truth = np.sort(np.linalg.svd(symbols, compute_uv=False).ravel())[::-1]
     np.testing.assert_allclose(circular_conv_spectrum(kernel, size).numpy(), truth, rtol=1e-9, atol=1e-14)
@@ -167,8 +168,9 @@ def test_norm_of_layers_whose_frequencies_are_all_alike_or_tiny(scale: float) ->
     assert circular_conv_norm(kernel * 0, (6, 5)) == 0.0
 
 
-def test_threads_change_nothing() -> None:
-    kernel, before = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+@pytest.mark.parametrize("channels", [(8, 6), (40, 36)])
+def test_threads_change_nothing(channels: tuple[int, int]) -> None:
+    kernel, before = torch.randn(*channels, 3, 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
     alone = circular_conv_spectrum(kernel, (6, 6)), circular_conv_norm(kernel, (6, 6))
     torch.set_num_threads(2)
     pools = [pool["num_threads"] for pool in threadpool_info()]

@@ -45,8 +45,9 @@ def gram_eigenvalues(matrices: NDArray[Any]) -> NDArray[np.float64]:
     order, inner, step = byref(c_int(n)), byref(c_int(max(rows, columns))), byref(c_int(columns))
     one, zero, length, told = byref(c_double(1)), byref(c_double(0)), byref(c_int(len(work))), c_int()
     here, e, tau, space = (array.ctypes.data for array in (gram, beside, scales, work))
+    first, found = matrices.ctypes.data, values.ctypes.data
     for at in range(number):
-        a, d = matrices.ctypes.data + at * matrices.strides[0], values.ctypes.data + at * values.strides[0]
+        a, d = first + at * matrices.strides[0], found + at * values.strides[0]
         herk(lower, turned, order, inner, one, a, step, zero, here, order)
         hetrd(lower, order, here, order, d, e, tau, space, length, byref(told))
         sterf(order, d, e, byref(told))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from robustlens.linalg.singular import smaller_gram
-from robustlens.linalg.spectra import Pair, blocks, circular_conv_norm, linear_spectrum, sub_images
+from robustlens.linalg.spectra import Pair, blocks, circular_conv_norm, each_tap, linear_spectrum
 
 How = Literal["clip", "alternating", "rescale"]
 
@@ -165,8 +165,9 @@ class _Layer:
             norm = max(norm, largest)
             energy += float(times.real @ torch.view_as_real(over).square().sum((1, 2, 3, 4)))
             taps += ((times[:, None] * block.phase).mH @ over.flatten(1)).real
-        rows, cols = sub_images(kh, self.dilation[0], sh), sub_images(kw, self.dilation[1], sw)
-        adjoint = torch.einsum("yxoiab,ay,bx->oiyx", taps.reshape(kh, kw, c_out, c_in, sh, sw), rows, cols)
+        adjoint = torch.zeros(c_out, c_in, kh, kw, dtype=torch.float64)
+        for y, x, tap in each_tap(taps.reshape(kh, kw, c_out, c_in, sh, sw), self.dilation, self.stride):
+            adjoint[:, :, y, x] = tap
         frequencies = self.size[0] * self.size[1] // (sh * sw)
         change = adjoint / (frequencies * self._sharing(kh, kw))
         # ⟨T* E, T⁺ E⟩ = ‖T T⁺ E‖², which is 0 only where there is no excess E.

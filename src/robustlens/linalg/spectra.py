@@ -188,9 +188,10 @@ def _symbols(phase: Tensor, taps: Tensor) -> Tensor:
     return found.reshape(-1, *taps.shape[1:])
 
 
-def sub_images(taps: int, dilation: int, stride: int) -> Tensor:
-    """(stride, taps), 1 where a tap of a row (or column) falls into the sub-image, in float64."""
-    return (torch.arange(taps) * dilation % stride == torch.arange(stride)[:, None]).to(torch.float64)
+def each_tap(split: Tensor, dilation: Pair, stride: Pair) -> Iterator[tuple[int, int, Tensor]]:
+    """y, x and where ``split`` (k_h, k_w, c_out, c_in, s_h, s_w) has tap (y, x): in the sub-image it falls into."""
+    for y, x in itertools.product(*(range(taps) for taps in split.shape[:2])):
+        yield y, x, split[y, x, :, :, y * dilation[0] % stride[0], x * dilation[1] % stride[1]]
 
 
 def blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int) -> Iterator[Block]:
@@ -207,8 +208,8 @@ def blocks(kernel: Tensor, size: Pair, stride: Pair, dilation: Pair, groups: int
     kernel, device, real = kernel.detach().to(_device(kernel)), _device(kernel), torch.float64
     down, right = (torch.arange(k, device=device) * d for k, d in ((kh, dilation[0]), (kw, dilation[1])))
     split = torch.zeros(kh, kw, c_out, c_in, sh, sw, dtype=real, device=device)
-    for y, x in itertools.product(range(kh), range(kw)):
-        split[y, x, :, :, y * dilation[0] % sh, x * dilation[1] % sw] = kernel[:, :, y, x]
+    for y, x, tap in each_tap(split, dilation, stride):
+        tap.copy_(kernel[:, :, y, x])
     taps = split.reshape(kh * kw, groups, c_out // groups, c_in * sh * sw)
 
     u, v = torch.meshgrid(torch.arange(mh, device=device), torch.arange(mw // 2 + 1, device=device), indexing="ij")
