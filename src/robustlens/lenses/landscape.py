@@ -329,9 +329,9 @@ def _outcome(blind: float) -> Outcome:
     if blind <= TOLERATED:
         return Outcome()
     return Outcome.unreliable(
-        f"For {blind:.0%} of the images the unmoved network is so sure of itself that its loss has almost no slope. "
-        "An attack that follows the loss is blind there and sees more once the weights are moved, so the rise of the "
-        "loss under attack is partly an artefact."
+        f"For {blind:.0%} of the images the loss of the unmoved network has almost no slope: the network is very sure "
+        "of itself there, or answers all images alike. An attack that follows the loss is blind there and sees more "
+        "once the weights are moved, so the rise of the loss under attack is partly an artefact."
     )
 
 
