@@ -14,6 +14,7 @@ WORDS = {
     "Apache 2.0": "Apache-2.0",
     "BSD License": "BSD-3-Clause",
     "BSD 3-Clause": "BSD-3-Clause",
+    "BSD": "BSD-2-Clause",
     "MIT License": "MIT",
 }
 

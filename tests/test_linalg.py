@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustlens.linalg import spectra
+from robustlens.linalg import lapack, spectra
 from robustlens.linalg.lapack import gram_eigenvalues
 from robustlens.linalg.layers import ConvOperator, LinearOperator, Skipped, operators
 from robustlens.linalg.spectra import (
@@ -23,6 +25,7 @@ from robustlens.linalg.spectra import (
     round_up,
     zero_padded_norm_bound,
 )
+from robustlens.linalg.tridiagonal import tridiagonal
 from robustlens.results.errors import InputError
 
 
@@ -147,9 +150,17 @@ def test_frequencies_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("complex_numbers", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (7, 1), (30, 41), (64, 33), (70, 70)])
-def test_eigenvalues_of_gram_matrices(rows: int, columns: int, complex_numbers: bool) -> None:
-    """Against NumPy's singular values."""
+def test_eigenvalues_of_gram_matrices(
+    rows: int, columns: int, compiled: bool, complex_numbers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against NumPy's singular values, also where numba cannot be imported."""
+    if not compiled:
+        monkeypatch.delitem(sys.modules, "robustlens.linalg.tridiagonal", raising=False)
+        monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(lapack, "_tridiagonal", lapack._tridiagonal.__wrapped__)
+    assert (lapack._tridiagonal() is not None) == compiled
     draw = np.random.default_rng(0).standard_normal
     matrices = draw((3, rows, columns)) + (1j * draw((3, rows, columns)) if complex_numbers else 0.0)
     truth = np.linalg.svd(matrices, compute_uv=False)[:, ::-1] ** 2
@@ -158,6 +169,23 @@ def test_eigenvalues_of_gram_matrices(rows: int, columns: int, complex_numbers: 
         matrices[1, 0, 0] = broken
         with pytest.raises(np.linalg.LinAlgError):
             gram_eigenvalues(matrices)
+
+
+@pytest.mark.parametrize("scale", [1e-70, 1.0, 1e70])
+@pytest.mark.parametrize("kind", ["dense", "diagonal", "rank one", "zero", "some rows zero"])
+def test_tridiagonal_form(kind: str, scale: float) -> None:
+    """Against NumPy's eigenvalues, of H at the end of a larger matrix."""
+    draw, n, first = np.random.default_rng(0).standard_normal, 30, 2
+    a = draw((n, n)) + 1j * draw((n, n))
+    a *= {"some rows zero": (np.arange(n) % 3 > 0)[:, None], "zero": 0.0}.get(kind, 1.0)
+    a = {"diagonal": np.diag(np.diag(a)), "rank one": a[:, :1] @ a[:1]}.get(kind, a)
+    hermitian = (a + a.conj().T) * scale
+    matrix, d, e = np.zeros((32, 32), complex), np.zeros(32), np.zeros(32)
+    matrix[first:, first:] = np.triu(hermitian.T)
+    tridiagonal(matrix.view(np.float64), first, d, e)
+    found, truth = scipy.linalg.eigvalsh_tridiagonal(d[first:], e[first:-1]), np.linalg.eigvalsh(hermitian)
+    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-14 * np.linalg.norm(hermitian))
+    assert not d[:first].any() and not e[:first].any()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

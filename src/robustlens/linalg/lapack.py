@@ -36,24 +36,41 @@ def gram_eigenvalues(matrices: NDArray[Any]) -> NDArray[np.float64]:
         numpy.linalg.LinAlgError: a matrix holds NaN or infinity.
     """
     number, rows, columns = matrices.shape
-    n = min(rows, columns)
-    herk, hetrd, sterf = _routines("d" if matrices.dtype == np.float64 else "z")
-    values, beside = np.empty((number, n)), np.empty(n)
-    gram, scales, work = (np.empty(size, matrices.dtype) for size in (n * n, n, COLUMNS * n))
+    n, kind = min(rows, columns), "d" if matrices.dtype == np.float64 else "z"
+    herk, hetrd, sterf = _routines(kind)
+    compiled = _tridiagonal() if kind == "z" else None
+    before = -n % 4  # of the rows and columns that ``compiled`` takes
+    order = before + n
+    values, d, e = np.empty((number, n)), np.empty(order), np.empty(order)
+    gram = np.zeros((order, order), matrices.dtype)
+    scales, work = np.empty(n, matrices.dtype), np.empty(COLUMNS * n, matrices.dtype)
     # LAPACK counts along columns, so it sees each matrix's transpose; its Gram matrix is the conjugate of ours.
     lower, turned = byref(c_char(b"L")), byref(c_char(b"N" if columns <= rows else b"C"))
-    order, inner, step = byref(c_int(n)), byref(c_int(max(rows, columns))), byref(c_int(columns))
+    size, apart, inner, step = (byref(c_int(k)) for k in (n, order, max(rows, columns), columns))
     one, zero, length, told = byref(c_double(1)), byref(c_double(0)), byref(c_int(len(work))), c_int()
-    here, e, tau, space = (array.ctypes.data for array in (gram, beside, scales, work))
-    first, found = matrices.ctypes.data, values.ctypes.data
+    tau, space = scales.ctypes.data, work.ctypes.data
+    here, along, beside = (array.ctypes.data for array in (gram[before:, before:], d[before:], e[before:]))
     for at in range(number):
-        a, d = first + at * matrices.strides[0], found + at * values.strides[0]
-        herk(lower, turned, order, inner, one, a, step, zero, here, order)
-        hetrd(lower, order, here, order, d, e, tau, space, length, byref(told))
-        sterf(order, d, e, byref(told))
+        herk(lower, turned, size, inner, one, matrices[at].ctypes.data, step, zero, here, apart)
+        if compiled is not None:
+            compiled(gram.view(np.float64), before, d, e)
+        else:
+            hetrd(lower, size, here, apart, along, beside, tau, space, length, byref(told))
+        sterf(size, along, beside, byref(told))
+        values[at] = d[before:]
         if told.value or not math.isfinite(values[at, -1]):
             raise np.linalg.LinAlgError("Eigenvalues did not converge")
     return values
+
+
+@cache
+def _tridiagonal() -> Callable[..., None] | None:
+    """What takes the place of ``zhetrd``, if numba goes with the NumPy that is installed."""
+    try:
+        from robustlens.linalg.tridiagonal import tridiagonal
+    except ImportError:
+        return None
+    return tridiagonal
 
 
 @cache
