@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -186,6 +188,15 @@ def test_tridiagonal_form(kind: str, scale: float) -> None:
     found, truth = scipy.linalg.eigvalsh_tridiagonal(d[first:], e[first:-1]), np.linalg.eigvalsh(hermitian)
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-14 * np.linalg.norm(hermitian))
     assert not d[:first].any() and not e[:first].any()
+
+
+def test_compiled_where_nothing_can_be_kept() -> None:
+    """As in a container whose file system is read-only."""
+    code = "import numpy as np; from robustlens.linalg.tridiagonal import tridiagonal as t; a = np.zeros((4, 8)); "
+    code += "a[:, ::2], d, e = np.eye(4), np.zeros(4), np.zeros(4); t(a, 0, d, e); print(d, t.stats.cache_path)"
+    nowhere = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator"}
+    done = subprocess.run([sys.executable, "-c", code], env=nowhere, capture_output=True, text=True, check=True)
+    assert done.stdout.split("]") == ["[1. 1. 1. 1.", " None\n"]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
