@@ -20,7 +20,9 @@ def test_a_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("robustlens-*.whl")
-    files = {path.relative_to(SOURCES) for path in SOURCES.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    files = {
+        path.relative_to(SOURCES) for path in SOURCES.rglob("*") if path.is_file() and path.parent.name != "__pycache__"
+    }
     inside = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
     assert {Path("robustlens") / file for file in files} <= inside
     home, work = tmp_path / "installed", tmp_path / "work"
